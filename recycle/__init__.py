@@ -1,0 +1,19 @@
+"""recycle: turn the language model you already have into a stronger one.
+
+The public API, loaded on first use so that importing `recycle` loads no torch: `load`, `set_p`, `get_p`, `available_p`.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .parscale import available_p, get_p, load, set_p
+
+__all__ = ["__version__", "available_p", "get_p", "load", "set_p"]
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        return getattr(import_module("recycle.parscale"), name)
+    raise AttributeError(f"module 'recycle' has no attribute {name!r}")

@@ -1,0 +1,29 @@
+"""The method: parallel streams over a frozen causal LM. Importing it registers ParScale with PEFT.
+
+It needs torch, transformers, peft, safetensors and huggingface_hub only.
+"""
+
+from .register import register
+
+register()
+
+from .config import ParScaleConfig
+from .family import FamilyError, available_p, get_p, load, set_p, use_p
+from .initialise import UnsupportedModelError, start_from_text
+from .model import ParScaleModel
+from .streams import CacheError, shrink_cache
+
+__all__ = [
+    "CacheError",
+    "FamilyError",
+    "ParScaleConfig",
+    "ParScaleModel",
+    "UnsupportedModelError",
+    "available_p",
+    "get_p",
+    "load",
+    "set_p",
+    "shrink_cache",
+    "start_from_text",
+    "use_p",
+]

@@ -1,0 +1,143 @@
+"""ParScale as a PEFT tuner."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTuner
+from torch import nn
+
+from .config import ParScaleConfig
+from .initialise import locate_attention, start_from_text
+from .prefix import PREFIX_CHILD, StreamLayer, StreamPrefix
+from .streams import STREAMS_CHILD, DecoderStreams
+
+
+class ParScaleModel(BaseTuner):
+    """P parallel streams through one frozen causal LM (ParScale, arXiv 2505.10475).
+
+    Every attention module gets a child with learned keys `[P, H, n, Dk]` and values `[P, H, n, Dv]` that all queries see, and
+    the decoder a child with one aggregator for each P, which merges the streams' final hidden states by a learned weighted
+    sum. Only these learn, in float32; the backbone is frozen, and without the adapter it is untouched bit for bit.
+
+    Args:
+        model: A causal LM of transformers.
+        peft_config: A `ParScaleConfig`, or one for each adapter name.
+        adapter_name: Name of the first adapter.
+    """
+
+    prefix = "parscale_"
+    tuner_layer_cls = StreamLayer
+    target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012
+
+    def _prepare_adapter_config(
+        self, peft_config: PeftConfig, model_config: dict[str, Any]
+    ) -> PeftConfig:
+        return peft_config
+
+    def _prepare_model(self, peft_config: ParScaleConfig, model: nn.Module) -> None:
+        if self._starts_from_text(peft_config) and peft_config.start_token_ids is None:
+            raise ValueError(
+                "init='text' needs start_token_ids: a list of num_virtual_tokens="
+                f"{peft_config.num_virtual_tokens} token ids for each of the {peft_config.num_streams} streams. "
+                "Pass them, for example from recycle.parscale.start_token_ids(tokenizer, texts, num_virtual_tokens), "
+                "or choose init='random'."
+            )
+        keep_gradients_of_4bit_layers(model)
+        if peft_config.attention_shapes is None:
+            locate_attention(model, peft_config)
+
+    @staticmethod
+    def _starts_from_text(config: ParScaleConfig) -> bool:
+        return config.init == "text" and not config.inference_mode
+
+    @staticmethod
+    def _check_target_module_exists(peft_config: ParScaleConfig, key: str) -> bool:
+        return key == peft_config.decoder or key in (peft_config.attention_shapes or {})
+
+    def _create_and_replace(
+        self,
+        peft_config: ParScaleConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+    ) -> None:
+        *_, last = target.parameters()
+        shape = (peft_config.attention_shapes or {}).get(current_key)
+        if shape is not None:
+            if PREFIX_CHILD not in target._modules:
+                target.add_module(PREFIX_CHILD, StreamPrefix())
+            target.get_submodule(PREFIX_CHILD).add(  # type: ignore[operator]
+                adapter_name,
+                shape,
+                peft_config.num_streams,
+                peft_config.num_virtual_tokens,
+                last.device,
+            )
+        if current_key == peft_config.decoder:
+            if STREAMS_CHILD not in target._modules:
+                target.add_module(STREAMS_CHILD, DecoderStreams(target))
+            target.get_submodule(STREAMS_CHILD).add(  # type: ignore[operator]
+                adapter_name,
+                peft_config.hidden_size,
+                peft_config.heads,
+                peft_config.smoothing,
+                last.device,
+            )
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, torch.Tensor] | None = None,
+    ) -> None:
+        super().inject_adapter(
+            model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict
+        )
+        config = self.peft_config[adapter_name]
+        if self._starts_from_text(config) and not low_cpu_mem_usage:
+            start_from_text(model, config.start_token_ids, adapter_name)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError(
+                "ParScale runs one adapter for the whole batch and takes no adapter_names, got "
+                f"{kwargs['adapter_names']}. Choose one with model.set_adapter(name) or recycle.set_p(model, p)."
+            )
+        yield
+
+    def _unload_and_optionally_merge(
+        self, merge: bool = True, *args: Any, **kwargs: Any
+    ) -> nn.Module:
+        if merge:
+            raise ValueError(
+                "Streams run beside each other and cannot be merged into the backbone's weights. "
+                "Use `unload()` to get the backbone back."
+            )
+        for module in list(self.model.modules()):
+            for name, child in list(module.named_children()):
+                if isinstance(child, DecoderStreams):
+                    child.remove()
+                if isinstance(child, StreamLayer):
+                    delattr(module, name)
+        if hasattr(self.model, "peft_config"):
+            del self.model.peft_config
+        return self.model
+
+
+def keep_gradients_of_4bit_layers(model: nn.Module) -> None:
+    """Switch off bitsandbytes' repacking of nf4 weights on AVX512-BF16 CPUs.
+
+    It happens at the first forward pass in eval mode, and the gradients of everything below silently become None from
+    then on.
+    """
+    for module in model.modules():
+        if type(module).__name__ == "Linear4bit":
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]

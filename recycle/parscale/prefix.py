@@ -1,0 +1,136 @@
+"""Learned keys and values of every stream, and how they enter attention.
+
+Dimensions: B batch, P streams, H key-value heads, n prefix tokens, Q query length, K key length,
+Dk and Dv key and value head size. Streams are batch-major: row `b * P + i` is stream i of sequence b.
+"""
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+PREFIX_CHILD = "stream_prefix"
+
+
+@dataclass(frozen=True)
+class ActiveStreams:
+    """The streams of one forward pass of a decoder."""
+
+    adapter: str
+    num_streams: int
+    heads: tuple[int, ...]  # one: the P in use; several: every head at once, in nested training
+
+
+class _ForwardState(threading.local):
+    """What the modules of a decoder see of the forward pass they are in; one for each thread."""
+
+    streams: ActiveStreams | None = None
+    choice: tuple[nn.Module, ActiveStreams | None] | None = None  # decoder's child and its streams
+    record: Callable[[nn.Module, Tensor, Tensor], None] | None = None
+
+
+forward_state = _ForwardState()
+
+
+class StreamLayer(BaseTunerLayer):
+    """What the children of attention modules and of the decoder have in common in PEFT's eyes."""
+
+    def __init__(self) -> None:
+        self._disable_adapters = False
+        self._active_adapter: str | list[str] = []
+        self.merged_adapters: list[str] = []
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        raise ValueError(
+            "Streams run beside each other and cannot be merged into the backbone's weights. "
+            "Use `unload()` to get the backbone back."
+        )
+
+
+class StreamPrefix(nn.Module, StreamLayer):
+    """Child of one attention module: `parscale_keys` [P, H, n, Dk] and `parscale_values` [P, H, n, Dv] for each adapter.
+
+    Source: arXiv 2505.10475 §2; upstream's `prefix_k` and `prefix_v`.
+    """
+
+    adapter_layer_names = ("parscale_keys", "parscale_values")
+
+    def __init__(self) -> None:
+        nn.Module.__init__(self)
+        StreamLayer.__init__(self)
+        self.parscale_keys = nn.ParameterDict()
+        self.parscale_values = nn.ParameterDict()
+
+    def add(
+        self, adapter: str, shape: list[int], streams: int, tokens: int, device: torch.device
+    ) -> None:
+        """Add an adapter with a random start: normal with standard deviation 0.02, in float32."""
+        heads, key_size, value_size = shape
+        for values, size in ((self.parscale_keys, key_size), (self.parscale_values, value_size)):
+            start = torch.empty(streams, heads, tokens, size, device=device)
+            values[adapter] = nn.Parameter(start.normal_(std=0.02))
+
+    def prepend(self, streams: ActiveStreams, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Put the prefix before the text's keys [B*P, H, K, Dk] and values [B*P, H, K, Dv]."""
+        return (
+            _prepend(self.parscale_keys[streams.adapter][: streams.num_streams], key),
+            _prepend(self.parscale_values[streams.adapter][: streams.num_streams], value),
+        )
+
+
+def _prepend(prefix: Tensor, text: Tensor) -> Tensor:
+    text = text.unflatten(0, (-1, prefix.shape[0]))  # [B, P, H, K, D]
+    prefix = prefix.to(text).expand(text.shape[0], -1, -1, -1, -1)
+    return torch.cat([prefix, text], dim=3).flatten(0, 1)
+
+
+def attend(
+    attention: Callable[..., tuple[Tensor, Tensor | None]],
+    implementation: str,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *args: Any,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Run one of transformers' attention functions with the active streams' prefixes in front of keys and values.
+
+    Without active streams, or in a module that has no prefix, the function is called as it is.
+
+    Args:
+        attention: The function that transformers chose for `implementation`.
+        query: `[B*P, heads, Q, Dk]`; key, value: `[B*P, H, K, Dk|Dv]`, after the rotary embedding and the cache.
+        attention_mask: `[B*P or 1, heads or 1, Q, K]`, bool (true is visible) or additive; None where the function
+            does without.
+    """
+    if forward_state.record is not None:
+        forward_state.record(module, key, value)
+    streams = forward_state.streams
+    prefix = module._modules.get(PREFIX_CHILD) if streams is not None else None
+    if streams is None or prefix is None:
+        return attention(module, query, key, value, attention_mask, *args, **kwargs)
+
+    key, value = prefix.prepend(streams, key, value)  # type: ignore[operator]
+    num_virtual_tokens = prefix.parscale_keys[streams.adapter].shape[2]  # type: ignore
+    if attention_mask is not None:
+        visible = 1.0 if attention_mask.dtype == torch.bool else 0.0
+        attention_mask = F.pad(attention_mask, (num_virtual_tokens, 0), value=visible)
+        return attention(module, query, key, value, attention_mask, *args, **kwargs)
+
+    is_causal = kwargs.get("is_causal")
+    is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    if implementation != "sdpa" or query.shape[2] == 1 or not is_causal:
+        return attention(module, query, key, value, None, *args, **kwargs)
+
+    # Without a mask sdpa is causal from the upper left corner, so the prefix needs rows of its own. Their outputs
+    # are dropped; a mask instead would rule out the flash kernels and compute the upper triangle as well.
+    query = F.pad(query, (0, 0, num_virtual_tokens, 0))
+    output, weights = attention(module, query, key, value, None, *args, **kwargs)
+    return output[:, num_virtual_tokens:], weights

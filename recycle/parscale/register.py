@@ -1,0 +1,52 @@
+"""The only file that touches PEFT's registry and transformers' attention dispatch.
+
+PEFT keeps its methods in an enum and has no way to add one from outside the library, and a new attention name would lose
+its mask in the models that test for "eager" and "sdpa" by name. So both are extended in place, once, on import.
+"""
+
+from collections.abc import Callable
+from functools import partial, wraps
+from typing import Any
+
+from peft import PeftType
+from peft.utils import register_peft_method
+from transformers.modeling_utils import AttentionInterface
+
+from .prefix import attend
+
+NAME = "PARSCALE"
+
+
+def register() -> None:
+    """Make `PARSCALE` a method of PEFT and let its prefixes into attention. Calling it again does nothing."""
+    if NAME in PeftType.__members__:
+        return
+    _add_peft_type()
+    from .config import ParScaleConfig
+    from .model import ParScaleModel
+
+    register_peft_method(name=NAME.lower(), config_cls=ParScaleConfig, model_cls=ParScaleModel)
+    _intercept_attention()
+
+
+def _add_peft_type() -> None:
+    member = str.__new__(PeftType, NAME)
+    member._name_ = NAME
+    member._value_ = NAME
+    type.__setattr__(PeftType, NAME, member)
+    PeftType._member_names_.append(NAME)
+    PeftType._member_map_[NAME] = member
+    PeftType._value2member_map_[NAME] = member
+
+
+def _intercept_attention() -> None:
+    original = AttentionInterface.get_interface
+
+    @wraps(original)
+    def get_interface(
+        self: AttentionInterface, attn_implementation: str, default: Callable[..., Any]
+    ) -> Callable[..., Any]:
+        attention = original(self, attn_implementation, default)
+        return partial(attend, attention, attn_implementation)
+
+    AttentionInterface.get_interface = get_interface

@@ -1,0 +1,247 @@
+"""Replicate before the decoder, aggregate after it, one cache for all streams.
+
+Dimensions: B batch, P streams, H key-value heads, S sequence, D hidden size. Streams are batch-major: row `b * P + i`
+is stream i of sequence b, so everything outside the decoder sees batch B.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, DynamicCache
+
+from .aggregator import Aggregator
+from .prefix import ActiveStreams, StreamLayer, forward_state
+
+STREAMS_CHILD = "streams"
+SUPPORTED_ATTENTION = ("sdpa", "eager")
+
+
+class CacheError(ValueError):
+    """A key-value cache was filled with another number of streams than the one in use."""
+
+
+class StreamCache(Cache):
+    """What the decoder sees of a cache: batch B*P over a cache that holds batch B with P*H heads.
+
+    The streams are extra key-value heads of an ordinary cache, so that beam search, cropping and static caches work on it as
+    on any other, and fewer streams are a slice of it.
+    """
+
+    def __init__(self, cache: Cache, num_streams: int) -> None:
+        self.cache = cache
+        self.num_streams = num_streams
+        cache.num_streams = num_streams  # type: ignore[attr-defined]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.cache, name)
+
+    def _fold(self, x: Tensor) -> Tensor:  # [B*P, H, ...] -> [B, P*H, ...]
+        return x.reshape(-1, self.num_streams * x.shape[1], *x.shape[2:])
+
+    def _unfold(self, x: Tensor) -> Tensor:  # [B, P*H, ...] -> [B*P, H, ...]
+        return x.reshape(-1, x.shape[1] // self.num_streams, *x.shape[2:])
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append keys and values `[B*P, H, S, D]` of a layer; return all of the layer's in the same layout."""
+        keys, values = self.cache.update(
+            self._fold(key_states), self._fold(value_states), layer_idx, *args, **kwargs
+        )
+        return self._unfold(keys), self._unfold(values)
+
+
+def shrink_cache(cache: Cache, p: int) -> None:
+    """Keep the first `p` streams of a cache that was filled by a nested family, in place.
+
+    Args:
+        cache: A cache of P*H key-value heads from `model(...)` or `model.generate(...)`.
+        p: Streams to keep, at least 2 and at most the cache's.
+
+    Raises:
+        CacheError: The cache holds fewer streams, or `p` is 1: the backbone's keys and values are none of the streams'.
+    """
+    have = getattr(cache, "num_streams", 1)
+    if not 2 <= p <= have:
+        raise CacheError(
+            f"A cache can be cut to between 2 and its own number of streams ({have}), got p={p}. "
+            "For the backbone (P = 1) start with a new cache."
+        )
+    for layer in cache.layers:
+        if layer.is_initialized and getattr(layer, "keys", None) is not None:
+            layer.keys = layer.keys[:, : layer.keys.shape[1] * p // have]
+            layer.values = layer.values[:, : layer.values.shape[1] * p // have]
+    cache.num_streams = p
+
+
+def _check_cache(cache: Cache | None, p: int) -> None:
+    if cache is None:
+        return
+    have = getattr(cache, "num_streams", 1)
+    filled = any(
+        layer.is_initialized and getattr(layer, "keys", None) is not None for layer in cache.layers
+    )
+    if filled and have != p:
+        raise CacheError(
+            f"The cache was filled with P = {have}, but P = {p} is in use. Go on with P = {have}, start with a "
+            "new cache, or, to go down within a nested family, cut it with recycle.parscale.shrink_cache(cache, p)."
+        )
+
+
+class DecoderStreams(nn.Module, StreamLayer):
+    """Child of the decoder: the aggregators, which streams are active, and the two hooks that put them around the decoder."""
+
+    adapter_layer_names = ("parscale_aggregator",)
+
+    def __init__(self, decoder: nn.Module) -> None:
+        nn.Module.__init__(self)
+        StreamLayer.__init__(self)
+        self.parscale_aggregator = nn.ModuleDict()
+        self.p: dict[str, int] = {}  # the P in use, for each adapter
+        self.heads: dict[str, list[int]] = {}
+        self._argument_names = list(inspect.signature(decoder.forward).parameters)
+        self._hooks = [
+            decoder.register_forward_pre_hook(self._replicate, with_kwargs=True),
+            decoder.register_forward_hook(self._aggregate, with_kwargs=True, always_call=True),
+        ]
+
+    def add(
+        self,
+        adapter: str,
+        hidden_size: int,
+        heads: list[int],
+        smoothing: float,
+        device: torch.device,
+    ) -> None:
+        """Add an adapter's aggregators; its largest P is in use first."""
+        self.parscale_aggregator[adapter] = Aggregator(hidden_size, heads, smoothing, device)
+        self.heads[adapter] = list(heads)
+        self.p[adapter] = heads[-1]
+
+    def remove(self) -> None:
+        """Take the hooks off the decoder."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def selection(self) -> ActiveStreams | None:
+        """The streams that the next forward pass in this thread uses; None for the untouched backbone."""
+        if forward_state.choice is not None and forward_state.choice[0] is self:
+            return forward_state.choice[1]
+        if self.disable_adapters or not self.active_adapters:
+            return None
+        if len(self.active_adapters) > 1:
+            raise ValueError(
+                f"One ParScale adapter can be active at a time, got {self.active_adapters}. Choose one with "
+                "model.set_adapter(name)."
+            )
+        adapter = self.active_adapters[0]
+        return ActiveStreams(adapter, self.p[adapter], (self.p[adapter],))
+
+    def _replicate(
+        self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        streams = self.selection()
+        p = 1 if streams is None else streams.num_streams
+        kwargs = {**dict(zip(self._argument_names, args, strict=False)), **kwargs}
+        cache = kwargs.get("past_key_values")
+        _check_cache(cache, p)
+        forward_state.streams = None
+        if streams is None:
+            if cache is not None:
+                cache.num_streams = 1
+            return None
+
+        implementation = decoder.config._attn_implementation
+        if implementation not in SUPPORTED_ATTENTION:
+            raise ValueError(
+                f"Streams run with attn_implementation {' or '.join(SUPPORTED_ATTENTION)}, got {implementation!r}. "
+                "Load the backbone with attn_implementation='sdpa'."
+            )
+        text = kwargs.get("input_ids")
+        text = kwargs["inputs_embeds"] if text is None else text
+        for name, value in kwargs.items():
+            kwargs[name] = _replicate_value(name, value, text.shape[0], p)
+
+        use_cache = kwargs.get("use_cache")
+        use_cache = decoder.config.use_cache if use_cache is None else use_cache
+        if cache is None and use_cache and not _checkpoints(decoder):
+            cache = DynamicCache(config=decoder.config)
+        if cache is not None:
+            kwargs["past_key_values"] = StreamCache(cache, p)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            _carry_streams_into_recomputation(decoder)
+        forward_state.streams = streams
+        return (), kwargs
+
+    def _aggregate(
+        self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> Any:
+        streams, forward_state.streams = forward_state.streams, None
+        if streams is None or output is None:
+            return None
+        hidden = output[0].unflatten(0, (-1, streams.num_streams))  # [B, P, S, D]
+        aggregator = self.parscale_aggregator[streams.adapter]
+        # Several heads are stacked along the batch: [|heads|*B, S, D], the first head first.
+        merged = torch.cat([aggregator(hidden[:, :p]) for p in streams.heads])
+        if isinstance(output, tuple):
+            return merged, *(x.cache if isinstance(x, StreamCache) else x for x in output[1:])
+        output.last_hidden_state = merged
+        if isinstance(output.get("past_key_values"), StreamCache):
+            output.past_key_values = output.past_key_values.cache
+        if output.get("hidden_states") is not None:
+            output.hidden_states = (*output.hidden_states[:-1], merged)
+        return output
+
+
+def _replicate_value(name: str, value: Any, batch: int, p: int) -> Any:
+    if isinstance(value, dict):  # masks by layer type
+        return {key: _replicate_value(name, mask, batch, p) for key, mask in value.items()}
+    if p == 1 or not isinstance(value, Tensor) or value.ndim < 2:
+        return value
+    if name == "position_ids" and value.ndim == 3:  # [3, B, S] of multimodal rotary embeddings
+        return value.repeat_interleave(p, dim=1) if value.shape[1] == batch else value
+    return value.repeat_interleave(p, dim=0) if value.shape[0] == batch else value
+
+
+def _checkpoints(decoder: nn.Module) -> bool:
+    return decoder.training and bool(getattr(decoder, "gradient_checkpointing", False))
+
+
+class _CheckpointWithStreams:
+    """A checkpoint function whose recomputation, in whatever thread, sees the streams of the forward pass."""
+
+    def __init__(self, checkpoint: Callable[..., Any]) -> None:
+        self.checkpoint = checkpoint
+
+    def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        streams = forward_state.streams
+
+        def run(*inputs: Any) -> Any:
+            previous, forward_state.streams = forward_state.streams, streams
+            try:
+                return function(*inputs)
+            finally:
+                forward_state.streams = previous
+
+        return self.checkpoint(run, *args, **kwargs)
+
+
+def _carry_streams_into_recomputation(decoder: nn.Module) -> None:
+    for module in decoder.modules():
+        checkpoint = module.__dict__.get("_gradient_checkpointing_func")
+        if checkpoint is not None and not isinstance(checkpoint, _CheckpointWithStreams):
+            module._gradient_checkpointing_func = _CheckpointWithStreams(checkpoint)  # type: ignore
+
+
+@contextmanager
+def choose_streams(layer: DecoderStreams, streams: ActiveStreams | None) -> Iterator[None]:
+    """Run `streams` (None: the backbone) through `layer` in this thread, whatever the model is set to."""
+    previous, forward_state.choice = forward_state.choice, (layer, streams)
+    try:
+        yield
+    finally:
+        forward_state.choice = previous
