@@ -1,0 +1,153 @@
+"""Recipe files: where they are found, and how YAML becomes keys with a place.
+
+Only YAML's structure is used: every scalar stays the text that was written, and the schema says
+whether it is a number, a word or a text. So `20M` and `2e-5` are numbers wherever a number is
+expected, `yes` is never a boolean, and a commit id such as `1e10` stays a text. Nothing that a
+file names is ever constructed.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from ruamel.yaml import YAML
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
+
+from recycle.recipe.schema import MAPPINGS, SECTIONS
+
+_PACKAGE = Path(__file__).resolve().parents[1]
+# In an installed package recipes lie inside it, in a checkout beside it.
+SHIPPED = next(
+    (p for p in (_PACKAGE / "_recipes", _PACKAGE.parent / "recipes") if p.is_dir()),
+    _PACKAGE / "_recipes",
+)
+
+
+class Refused(Exception):
+    """One problem with a place in a file; collected, never shown on its own."""
+
+
+@dataclass(frozen=True)
+class Nested:
+    """Stands for a mapping that lies where a value was expected."""
+
+
+Raw = str | None | Nested | list["Raw"]  # a value as written: text, null, list or mapping
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One `key: value` of a file or of the command line, not yet checked."""
+
+    key: str  # dotted
+    value: Raw
+    origin: str  # "recipes/models/x.yaml:3" or "command line"
+    items: tuple[str, ...] = ()  # origins of a list's items
+
+
+def shipped(folder: str = "") -> list[str]:
+    """Names of the shipped recipes, or of the fragments in one folder (`models`, `data`, ...)."""
+    return sorted(path.stem for path in (SHIPPED / folder).glob("*.yaml"))
+
+
+def display(path: Path) -> str:
+    """A file's name for messages: `recipes/...` for a shipped one, else as short as it goes."""
+    for root, prefix in ((SHIPPED, "recipes/"), (Path.cwd(), "")):
+        if path.resolve().is_relative_to(root.resolve()):
+            return prefix + path.resolve().relative_to(root.resolve()).as_posix()
+    return str(path)
+
+
+def find(name: str, beside: Path) -> Path | None:
+    """The file that an include names: relative to the folder `beside`, else a shipped name."""
+    for folder in (beside, SHIPPED):
+        for path in (folder / name, folder / f"{name}.yaml"):
+            if path.is_file():
+                return path
+    return None
+
+
+def parse(path: Path) -> tuple[list[Setting], list[str]]:
+    """The settings of one file in order, `include` among them, and what is wrong with it."""
+    problems: list[str] = []
+    shown = display(path)
+    try:
+        root = YAML(typ="safe", pure=True).compose(path.read_text("utf-8-sig"))
+    except MarkedYAMLError as error:
+        line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
+        return [], [f"{shown}{line}: not valid YAML: {error.problem or error.context}"]
+    except YAMLError as error:
+        return [], [f"{shown}: not valid YAML: {str(error).splitlines()[0]}"]
+    except RecursionError:
+        return [], [f"{shown}: not valid YAML: nested too deeply"]
+    except UnicodeDecodeError as error:
+        return [], [f"{shown}: not text in UTF-8: {error.reason} at byte {error.start}"]
+    except OSError as error:
+        return [], [f"{shown}: cannot be read: {error.strerror}"]
+    if root is None or (isinstance(root, ScalarNode) and root.value == ""):
+        return [], []
+    if not isinstance(root, MappingNode):
+        return [], [f"{shown}:{_line(root)}: a recipe must be a mapping of key: value"]
+    return list(_settings(root, "", shown, problems)), problems
+
+
+def _line(node: Node) -> int:
+    return int(node.start_mark.line) + 1
+
+
+def _settings(node: MappingNode, prefix: str, shown: str, problems: list[str]) -> Iterator[Setting]:
+    """Walk a mapping into dotted keys, down to where the schema expects a value."""
+    lines: dict[str, int] = {}
+    try:
+        _plain(node, prefix.rstrip(".") or "the file", shown)
+    except Refused as refused:
+        problems.append(str(refused))
+        return
+    for key_node, value in node.value:
+        origin = f"{shown}:{_line(key_node)}"
+        if not isinstance(key_node, ScalarNode):
+            problems.append(f"{origin}: {prefix}?: a key must be a plain word")
+            continue
+        key = prefix + key_node.value
+        if key in lines:
+            given = f" = {value.value}" if isinstance(value, ScalarNode) else ""
+            first = f"first set in line {lines[key]}"
+            problems.append(f"{origin}: {key}{given}: duplicate key, {first}; keep one")
+            continue
+        lines[key] = _line(key_node)
+        if "." in key_node.value:
+            nest = "put {1} under {0}:".format(*key_node.value.split(".", 1))
+            problems.append(f"{origin}: {key}: a key in a file holds no dot; {nest}")
+            continue
+        if isinstance(value, MappingNode) and key in (*SECTIONS, *MAPPINGS):
+            yield from _settings(value, f"{key}.", shown, problems)
+            continue
+        try:
+            _plain(key_node, key, shown)
+            raw = _raw(value, key, shown)
+        except Refused as refused:
+            problems.append(str(refused))
+            continue
+        items = value.value if isinstance(value, SequenceNode) else ()
+        yield Setting(key, raw, origin, tuple(f"{shown}:{_line(item)}" for item in items))
+
+
+def _plain(node: Node, key: str, shown: str) -> None:
+    """Refuse anchors (so that no alias exists) and tags other than YAML's plain types."""
+    place = f"{shown}:{_line(node)}: {key}"
+    if node.anchor:
+        raise Refused(f"{place}: anchors and aliases are not taken; include a fragment instead")
+    name = str(node.tag)
+    known = ("str", "int", "float", "bool", "null", "timestamp", "map", "seq", "merge", "value")
+    if name.removeprefix("tag:yaml.org,2002:") not in known:
+        raise Refused(f"{place}: the tag {name!r} is not taken; write a plain value")
+
+
+def _raw(node: Node, key: str, shown: str) -> Raw:
+    _plain(node, key, shown)
+    if isinstance(node, SequenceNode):
+        return [_raw(item, f"{key}[{index}]", shown) for index, item in enumerate(node.value)]
+    if isinstance(node, MappingNode):
+        return Nested()
+    return None if str(node.tag).endswith(":null") else str(node.value)

@@ -1,0 +1,254 @@
+"""From TARGET and `key=value` to one recipe in which every value has an origin.
+
+A recipe is held flat, as dotted key -> value, so that merging is the update of a dictionary. All
+problems of all files and of the command line are collected and raised together.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, get_args
+
+from pydantic import TypeAdapter, ValidationError
+
+from recycle.recipe import files
+from recycle.recipe.files import Nested, Raw, Setting
+from recycle.recipe.problems import (
+    FRAGMENTS,
+    RecipeError,
+    choices_hint,
+    fragment_hint,
+    key_hint,
+    nearest,
+    reword,
+    section_hint,
+    shorten,
+)
+from recycle.recipe.schema import (
+    FIELDS,
+    MAPPINGS,
+    SECTIONS,
+    Recipe,
+    contradictions,
+    flatten,
+    takes,
+)
+from recycle.recipe.target import as_name, choose, model_name
+
+COMMAND_LINE = "command line"
+DEFAULT = "default"
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A recipe, where each of its values comes from, and what TARGET was taken for."""
+
+    recipe: Recipe
+    origins: dict[str, str]  # dotted key -> "recipes/models/x.yaml:3", "command line" or "default"
+    chosen: str  # "shipped recipe 'demo'", "recipe file x.yaml", "default recipe for ..."
+
+
+def resolve(target: str, overrides: Sequence[str] = ()) -> Resolved:
+    """Read, merge and check the recipe that `target` names.
+
+    Args:
+        target: a path (has a `/` and exists, or ends in .yaml or .yml), else the name of a shipped
+            recipe, else a bare model (local folder with a config.json, `package://` file or Hub
+            id), which gets the shipped recipe `default` with itself as the backbone.
+        overrides: `data=NAME`, `backbone=NAME` and `training=NAME` replace that section by a
+            fragment and come first; `key.sub=value` sets a field of the schema.
+
+    Raises:
+        RecipeError: with everything that is wrong, each with its place.
+    """
+    recipe_path, model, chosen = choose(target)
+    draft = _Draft()
+    draft.include(recipe_path)
+    if model is not None:
+        draft.drop("backbone")
+        draft.set(Setting("backbone.id", model, COMMAND_LINE))
+    draft.override(overrides)
+    fallback = recipe_path.stem if model is None else model_name(model)
+    recipe, origins = draft.finish(chosen, files.display(recipe_path), as_name(fallback))
+    return Resolved(recipe, origins, chosen)
+
+
+def load(path: Path | str) -> Recipe:
+    """The recipe in a file, such as the one saved in a run folder."""
+    draft = _Draft()
+    draft.include(Path(path))
+    shown = files.display(Path(path))
+    return draft.finish(f"recipe file {shown}", shown, as_name(Path(path).stem))[0]
+
+
+class _Draft:
+    """A recipe in the making."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, Any] = {}
+        self.origins: dict[str, str] = {}
+        self.broken: set[str] = set()  # keys that were given a value that does not fit
+        self.problems: list[str] = []
+        self.seen: set[Path] = set()
+
+    def include(self, path: Path, chain: tuple[Path, ...] = ()) -> None:
+        """Merge a file after all that it includes, each file once, at its first place."""
+        resolved = path.resolve()
+        if resolved in self.seen:
+            return
+        self.seen.add(resolved)
+        settings, problems = files.parse(path)
+        self.problems += problems
+        for setting in settings:
+            if setting.key == "include":
+                self._include_all(setting, path, (*chain, resolved))
+        for setting in settings:
+            if setting.key != "include":
+                self.set(setting)
+
+    def _include_all(self, setting: Setting, path: Path, chain: tuple[Path, ...]) -> None:
+        values = setting.value if isinstance(setting.value, list) else [setting.value]
+        for name, origin in zip(values, setting.items or [setting.origin], strict=False):
+            if not isinstance(name, str) or not name:
+                self._problem(origin, "include", name, "must list names, such as models/qwen2.5-3b")
+                continue
+            found = files.find(name, path.parent)
+            if found is None:
+                self._problem(
+                    origin,
+                    "include",
+                    name,
+                    f"there is no such file beside {files.display(path)} and no such shipped name",
+                    choices_hint(
+                        name, [f"{d}/{n}" for d in FRAGMENTS.values() for n in files.shipped(d)]
+                    ),
+                )
+            elif found.resolve() in chain:
+                cycle = [*chain[chain.index(found.resolve()) :], found.resolve()]
+                shown = " -> ".join(files.display(part) for part in cycle)
+                self._problem(origin, "include", name, f"files include each other: {shown}")
+            else:
+                self.include(found, chain)
+
+    def drop(self, key: str) -> None:
+        for old in [old for old in self.values if old.startswith(f"{key}.")]:
+            del self.values[old]
+
+    def override(self, overrides: Sequence[str]) -> None:
+        """Apply the command line: fragments first, then fields in the order given."""
+        pairs: dict[str, str] = {}
+        for text in overrides:
+            key, equals, value = (part.strip() for part in text.partition("="))
+            if not equals or not key:
+                self.problems.append(f"{COMMAND_LINE}: {text}: must be written key=value")
+            elif key in pairs:
+                self._problem(COMMAND_LINE, key, value, "duplicate key; give it once")
+            else:
+                pairs[key] = value
+        for section in FRAGMENTS:
+            if section in pairs:
+                self._pick(section, pairs.pop(section))
+        for key, value in pairs.items():
+            null = value in ("", "~", "null", "Null", "NULL")
+            self.set(Setting(key, None if null else value, COMMAND_LINE))
+
+    def _pick(self, section: str, name: str) -> None:
+        folder = FRAGMENTS[section]
+        names = files.shipped(folder)
+        if name not in names:
+            also = "; for another model write backbone.id=..." if section == "backbone" else ""
+            message = f"there is no fragment {folder}/{name}"
+            self._problem(COMMAND_LINE, section, name, message, choices_hint(name, names) + also)
+            return
+        self.drop(section)
+        self.seen = set()  # what was merged before may be merged again, now that it comes later
+        self.include(files.SHIPPED / folder / f"{name}.yaml")
+
+    def set(self, setting: Setting) -> None:
+        """Check one setting against the schema and take it, or note what is wrong."""
+        key, raw, origin = setting.key, setting.value, setting.origin
+        parent, _, last = key.rpartition(".")
+        if key in SECTIONS:
+            self._problem(origin, key, raw, "is a section, no value", section_hint(key))
+        elif parent in MAPPINGS and re.fullmatch("[1-9][0-9]*", last):
+            self._take(setting, parent)
+        elif parent in MAPPINGS:
+            self._problem(origin, key, raw, "the key must be a number of streams, such as 4")
+        elif key not in FIELDS:
+            self._problem(origin, key, raw, "unknown key", key_hint(key))
+        elif key in MAPPINGS and raw is None:
+            self.drop(key)  # null empties a mapping; anything else would merge into it
+        elif key in MAPPINGS:
+            self._problem(origin, key, raw, "is a mapping", f"write {key}.KEY=value, or null")
+        else:
+            self._take(setting, key)
+
+    def _take(self, setting: Setting, field: str) -> None:
+        key, origin = setting.key, setting.origin
+        self.broken.add(key)
+        self.values.pop(key, None)
+        if isinstance(setting.value, Nested):
+            self._problem(origin, key, setting.value, "takes a value, not a mapping")
+            return
+        try:
+            value = _adapter(field).validate_python(setting.value)
+        except ValidationError as error:
+            for detail in error.errors():
+                index = next((part for part in detail["loc"] if isinstance(part, int)), None)
+                if index is not None and setting.items:
+                    origin = setting.items[index]
+                words = takes(field)
+                close = nearest(str(setting.value), words)
+                guess = f"did you mean {close}?" if close else ""
+                self._problem(origin, key, setting.value, reword(detail["msg"], words), guess)
+            return
+        self.broken.discard(key)
+        self.values[key] = value
+        self.origins[key] = origin
+
+    def _problem(self, origin: str, key: str, value: Raw, rule: str, hint: str = "") -> None:
+        given = "" if isinstance(value, Nested) else f" = {shorten(value)}"
+        self.problems.append(f"{origin}: {key}{given}: {rule}{'; ' if hint else ''}{hint}")
+
+    def finish(self, subject: str, place: str, name: str) -> tuple[Recipe, dict[str, str]]:
+        """Fill in defaults, check fields against each other, and build the recipe."""
+        for key, info in FIELDS.items():
+            if key in self.values or key in self.broken or key in MAPPINGS:
+                continue
+            if key == "name":
+                self.values[key], self.origins[key] = name, DEFAULT
+            elif info.is_required():
+                also = fragment_hint(key.partition(".")[0])
+                self.problems.append(f"{place}: {key}: missing, and has no default{also}")
+            else:
+                self.values[key], self.origins[key] = info.get_default(), DEFAULT
+        chosen = {key for key in self.values if self.origins[key] != DEFAULT}
+        for keys, rule in contradictions(self.values, chosen):
+            given = [f"{key} = {shorten(self.values[key])} ({self.origins[key]})" for key in keys]
+            self.problems.append(f"{', '.join(given)}: {rule}")
+        if self.problems:
+            raise RecipeError(subject, self.problems)
+        return self._build()
+
+    def _build(self) -> tuple[Recipe, dict[str, str]]:
+        tree: dict[str, Any] = {}
+        for key, value in self.values.items():
+            section = tree
+            *parents, last = key.split(".")
+            for parent in parents:
+                section = section.setdefault(parent, {})
+            section[last] = value
+        recipe = Recipe.model_validate(tree)
+        return recipe, {key: self.origins.get(key, DEFAULT) for key in flatten(recipe)}
+
+
+@cache
+def _adapter(field: str) -> TypeAdapter[Any]:
+    """Checks one value of a field; of a mapping, one of its entries."""
+    info = FIELDS[field]
+    if field in MAPPINGS:
+        return TypeAdapter(get_args(info.annotation)[1])
+    kind: Any = Annotated[info.annotation, info]
+    return TypeAdapter(kind)

@@ -1,0 +1,306 @@
+"""What a recipe may hold: typed sections, the rules between them, and the identity of a run."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+from pydantic import BaseModel, ConfigDict, Field
+from pydantic.fields import FieldInfo
+
+from recycle.recipe.values import (
+    AtLeastTwo,
+    BackboneId,
+    Count,
+    Flag,
+    Name,
+    Packages,
+    Rate,
+    Real,
+    Seed,
+    Streams,
+    Text,
+    Whole,
+)
+
+
+class Section(BaseModel):
+    """A part of a recipe: only the fields below, never changed once read."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Backbone(Section):
+    """The frozen model that is recycled."""
+
+    id: BackboneId
+    """Hub id, model folder, or `package://PACKAGE/FILE.gguf` for a file inside a Python package."""
+    revision: Text | None = None
+    """Branch, tag or commit on the Hub; None is its newest."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Number format of the frozen weights; auto is bfloat16 where the hardware computes in it, else
+    float32. What is trained is float32."""
+    attn_implementation: Literal["sdpa", "eager"] = "sdpa"
+    """Attention code of transformers."""
+    quantization: Literal["int8", "nf4"] | None = None
+    """bitsandbytes format of the frozen weights."""
+
+
+class Method(Section):
+    """How streams are made."""
+
+    nested: Flag = True
+    """One training run serves every P (2 is the first two streams of 8), else each has its own."""
+    init: Literal["text", "random"] = "text"
+    """Prefixes start from the keys and values of real text, or from random numbers."""
+    num_virtual_tokens: Count = 48
+    """Learned prefix tokens in each stream, n in the paper."""
+    smoothing: Annotated[Real, Field(ge=0, lt=1)] = 0.1
+    """Share of the aggregation weights that is spread evenly, ε in the paper."""
+
+
+class Data(Section):
+    """The text to learn from and to measure on."""
+
+    source: Literal["hub", "files", "jsonl", "stdlib"]
+    """Hub data set, text files, JSON lines, or the source files of Python's standard library."""
+    path: Text | None = None
+    """hub: data set id; files: folder, file or glob; jsonl: file or glob."""
+    subset: Text | None = None
+    """hub: configuration of the data set."""
+    split: Text = "train"
+    """hub: split that documents are read from (ours are cut from it)."""
+    revision: Text | None = None
+    """hub: branch, tag or commit."""
+    text_field: Text = "text"
+    """hub, jsonl: field that holds the text."""
+    group_field: Text | None = None
+    """hub, jsonl: documents that are equal here (same repository) never fall into two splits."""
+    packages: Packages | None = None
+    """stdlib: top-level packages and modules; None is the fixed list in data.py."""
+    block_size: AtLeastTwo = 512
+    """Tokens in a block."""
+    validation_documents: AtLeastTwo = 16
+    """Documents that choices look at."""
+    test_documents: AtLeastTwo = 64
+    """Documents that only the final comparison reads; an honest result needs 64."""
+    seed: Seed = 0
+    """Of the split and the order."""
+
+
+class Training(Section):
+    """What is learned, for how long and how fast."""
+
+    tokens: Annotated[Whole, Field(ge=0)] = 20_000_000
+    """Text tokens that every adapter learns from; 0 keeps the untrained start."""
+    batch_size: Count = 8
+    """Blocks in an optimiser step."""
+    micro_batch_size: Count = 1
+    """Blocks in a forward pass; divides batch_size."""
+    prefix_learning_rate: Rate
+    """Of the prefixes of the streams."""
+    aggregator_learning_rate: Rate
+    """Of the aggregators."""
+    control_learning_rate: Rate
+    """Of the control's prefix."""
+    warmup: Annotated[Real, Field(ge=0, le=1)] = 0.05
+    """Fraction of the steps in which the learning rates rise."""
+    decay: Literal["cosine", "linear", "constant"] = "cosine"
+    """How the learning rates fall after the warm-up."""
+    max_grad_norm: Rate = 1.0
+    """Gradients are clipped to this norm."""
+    loss_weights: dict[Whole, Annotated[Real, Field(ge=0)]] = {}
+    """Weight of each P in the loss; 1 where not given."""
+    control: Flag = True
+    """Train the control as well."""
+    gradient_checkpointing: Flag = False
+    """Recompute activations in the backward pass: less memory, more time."""
+    checkpoint_steps: Count = 50
+    """Steps between two checkpoints."""
+    validation_steps: Count = 50
+    """Steps between two measurements of the validation loss."""
+    seed: Seed = 0
+    """Of everything random in training."""
+
+
+class Evaluation(Section):
+    """The final comparison."""
+
+    batch_size: Count = 4
+    """Blocks in a forward pass."""
+    speed: Flag = True
+    """Measure prefill and decode speed."""
+    prompt_tokens: Count = 256
+    """Prompt length of the speed measurement."""
+    new_tokens: Count = 16
+    """Tokens decoded in it."""
+
+
+class Launch(Section):
+    """Where it runs; no part of a recipe's identity."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes a GPU where there is one."""
+
+
+class Output(Section):
+    """Where the run folder lies; no part of a recipe's identity."""
+
+    dir: Text | None = None
+    """Run folder; None is runs/<name>."""
+
+
+class Logging(Section):
+    """What is written down on the way; no part of a recipe's identity."""
+
+    steps: Count = 1
+    """Steps between two lines of the training log."""
+
+
+class Recipe(Section):
+    """Everything that decides a run."""
+
+    name: Name
+    """Names the run folder."""
+    backbone: Backbone
+    streams: Streams
+    """The numbers of streams, P, to make adapters for, in rising order."""
+    method: Method = Method()
+    data: Data
+    training: Training
+    evaluation: Evaluation = Evaluation()
+    launch: Launch = Launch()
+    output: Output = Output()
+    logging: Logging = Logging()
+
+
+OUTSIDE_IDENTITY = ("launch", "output", "logging")
+
+# Which sources a field of `data` belongs to; fields that are not here belong to all.
+_SOURCES = {
+    "path": ("hub", "files", "jsonl"),
+    "subset": ("hub",),
+    "split": ("hub",),
+    "revision": ("hub",),
+    "text_field": ("hub", "jsonl"),
+    "group_field": ("hub", "jsonl"),
+    "packages": ("stdlib",),
+}
+
+
+def section_of(annotation: object) -> type[Section] | None:
+    """The section class that a field of `Recipe` holds, None where it holds a value."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return annotation
+    return None
+
+
+def _fields(model: type[Section], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    for name, info in model.model_fields.items():
+        section = section_of(info.annotation)
+        yield from _fields(section, f"{name}.") if section else [(prefix + name, info)]
+
+
+FIELDS: dict[str, FieldInfo] = dict(
+    _fields(Recipe)
+)  # every field that holds a value, by dotted key
+SECTIONS = tuple(name for name, info in Recipe.model_fields.items() if section_of(info.annotation))
+MAPPINGS = tuple(key for key, info in FIELDS.items() if get_origin(info.annotation) is dict)
+
+
+def flatten(recipe: Recipe) -> dict[str, Any]:
+    """Every value of a recipe by dotted key, in the order of the schema.
+
+    Fields that do not belong to the recipe's data source are left out; a mapping gives one key
+    for each of its entries, `training.loss_weights.4`, and itself where it is empty.
+    """
+    values: dict[str, Any] = {}
+    for key in FIELDS:
+        value: Any = recipe
+        for part in key.split("."):
+            value = getattr(value, part)
+        if not belongs(key, recipe.data.source):
+            continue
+        if key in MAPPINGS and value:
+            values.update({f"{key}.{item}": value[item] for item in sorted(value)})
+        else:
+            values[key] = value
+    return values
+
+
+def belongs(key: str, source: str) -> bool:
+    """Whether the field with this dotted key does anything for this data source."""
+    section, _, name = key.partition(".")
+    return section != "data" or source in _SOURCES.get(name, (source,))
+
+
+def identity(recipe: Recipe) -> str:
+    """SHA-256 (hex) of all that decides the result: everything but launch, output and logging."""
+    content = recipe.model_dump(mode="json", exclude=set(OUTSIDE_IDENTITY))
+    canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def differing_keys(a: Recipe, b: Recipe) -> list[str]:
+    """Dotted keys in which the identities of two recipes differ, in the order of the schema."""
+    left, right = flatten(a), flatten(b)
+    keys = [*left, *(key for key in right if key not in left)]
+    return [
+        key
+        for key in keys
+        if key.partition(".")[0] not in OUTSIDE_IDENTITY
+        and key not in MAPPINGS  # their entries have keys of their own
+        and left.get(key) != right.get(key)
+    ]
+
+
+def contradictions(values: Mapping[str, Any], chosen: set[str]) -> Iterator[tuple[list[str], str]]:
+    """Rules between fields that are broken, as (keys concerned, what the rule is).
+
+    Args:
+        values: dotted key -> typed value; a rule is skipped where a value it needs is absent.
+        chosen: the keys that were set rather than left at their default.
+    """
+    batch, micro = values.get("training.batch_size"), values.get("training.micro_batch_size")
+    if batch and micro and batch % micro:
+        keys = ["training.micro_batch_size", "training.batch_size"]
+        yield keys, "micro_batch_size must divide batch_size"
+
+    streams = values.get("streams")
+    weights = {key: values[key] for key in values if key.startswith("training.loss_weights.")}
+    if streams:
+        for key in weights:
+            if int(key.rpartition(".")[2]) not in streams:
+                yield [key, "streams"], "only the numbers in streams have a weight in the loss"
+        if all(values.get(f"training.loss_weights.{p}", 1) == 0 for p in streams):
+            yield list(weights), "at least one weight must be over 0, or nothing is learned"
+
+    source = values.get("data.source")
+    if source:
+        for name, sources in _SOURCES.items():
+            key = f"data.{name}"
+            if source not in sources and key in chosen and values.get(key) is not None:
+                takes = [field for field in Data.model_fields if belongs(f"data.{field}", source)]
+                yield (
+                    [key, "data.source"],
+                    (
+                        f"{name} belongs to {' and '.join(sources)}; "
+                        f"{source} takes {', '.join(takes)} "
+                        "(data=NAME on the command line replaces the whole section)"
+                    ),
+                )
+        if source in _SOURCES["path"] and "data.path" in values and values["data.path"] is None:
+            yield ["data.source"], f"{source} needs data.path"
+
+    backbone_id = values.get("backbone.id", "")
+    if backbone_id.startswith("package://") and values.get("backbone.revision") is not None:
+        yield ["backbone.revision", "backbone.id"], "only a model on the Hub has a revision"
+
+
+def takes(key: str) -> tuple[str, ...]:
+    """The words that a field takes where it takes only some words, else nothing."""
+    words: list[str] = []
+    for part in (FIELDS[key].annotation, *get_args(FIELDS[key].annotation)):
+        words += get_args(part) if get_origin(part) is Literal else []
+        words += ["null"] if part is type(None) and words else []
+    return tuple(words)

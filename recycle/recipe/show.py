@@ -1,0 +1,63 @@
+"""A resolved recipe as text: to read with origins, and to save so that it resolves to itself."""
+
+import io
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from ruamel.yaml import YAML
+
+from recycle.recipe.resolve import Resolved
+from recycle.recipe.schema import MAPPINGS, Recipe, flatten
+
+# Words that need no quotes in YAML: no signs with a meaning, and not one of YAML's own words.
+_WORD = re.compile(r"(?!(?:null|true|false)$)[a-z_/][\w./+-]*", re.IGNORECASE | re.ASCII)
+
+
+def dump(recipe: Recipe) -> str:
+    """The recipe as YAML that resolves to an equal recipe, without what its data source lacks."""
+    tree: dict[Any, Any] = {}
+    for key, value in flatten(recipe).items():
+        section = tree
+        *parents, last = key.split(".")
+        for parent in parents:
+            section = section.setdefault(parent, {})
+        section[int(last) if last.isdigit() else last] = (
+            list(value) if isinstance(value, tuple) else value
+        )
+    yaml = YAML(typ="safe", pure=True)
+    yaml.default_flow_style = False
+    yaml.allow_unicode = True
+    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
+    text = io.StringIO()
+    yaml.dump(tree, text)
+    return text.getvalue()
+
+
+def show(resolved: Resolved) -> str:
+    """Every key and value of a resolved recipe, one to a line, with the origin as its comment."""
+    lines = list(_lines(resolved))
+    width = max(len(line) for line, origin in lines if origin)
+    return "\n".join(f"{line:<{width}}  # {origin}" if origin else line for line, origin in lines)
+
+
+def _lines(resolved: Resolved) -> Iterator[tuple[str, str]]:
+    """(line, origin) in order; the line that opens a section has no origin."""
+    opened: tuple[str, ...] = ()
+    for key, value in flatten(resolved.recipe).items():
+        *parents, last = key.split(".")
+        for depth, parent in enumerate(parents):
+            if opened[: depth + 1] != tuple(parents[: depth + 1]):
+                yield f"{'  ' * depth}{parent}:", ""
+        opened = tuple(parents)
+        text = "{}" if key in MAPPINGS else _value(value)
+        yield f"{'  ' * len(parents)}{last}: {text}", resolved.origins[key]
+
+
+def _value(value: object) -> str:
+    if isinstance(value, tuple):
+        return f"[{', '.join(_value(item) for item in value)}]"
+    if isinstance(value, str) and _WORD.fullmatch(value):
+        return value
+    return json.dumps(value, ensure_ascii=False)

