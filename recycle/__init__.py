@@ -1,6 +1,7 @@
 """recycle: turn the language model you already have into a stronger one.
 
-The public API, loaded on first use so that importing `recycle` loads no torch: `load`, `set_p`, `get_p`, `available_p`.
+The public API, loaded on first use so that importing `recycle` loads no torch: `load`, `set_p`,
+`get_p`, `available_p`.
 """
 
 from importlib import import_module

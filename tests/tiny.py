@@ -17,7 +17,7 @@ from transformers import (
 )
 
 VOCAB_SIZE = 384
-BOS, EOS, PAD = "<bos>", "<eos>", "<pad>"
+BOS, EOS, PAD = "<bos>", "<|endoftext|>", "<pad>"
 BOS_ID, EOS_ID, PAD_ID = 0, 1, 2
 
 CHAT_TEMPLATE = (
@@ -127,6 +127,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
         bos_token=BOS,
         eos_token=EOS,
         pad_token=PAD,
+        unk_token=EOS,  # never needed, but some tokenizer classes add one of their own
         model_max_length=1024,
         clean_up_tokenization_spaces=False,
     )

@@ -3,14 +3,11 @@
 It needs torch, transformers, peft, safetensors and huggingface_hub only.
 """
 
-from .register import register
-
-register()
-
 from .config import ParScaleConfig
 from .family import FamilyError, available_p, get_p, load, set_p, use_p
-from .initialise import UnsupportedModelError, start_from_text
+from .initialise import UnsupportedModelError, start_from_text, start_token_ids
 from .model import ParScaleModel
+from .register import register
 from .streams import CacheError, shrink_cache
 
 __all__ = [
@@ -25,5 +22,8 @@ __all__ = [
     "set_p",
     "shrink_cache",
     "start_from_text",
+    "start_token_ids",
     "use_p",
 ]
+
+register()

@@ -1,4 +1,4 @@
-"""The dynamic weighted sum over the streams' final hidden states, one for each value of P that an adapter serves.
+"""The dynamic weighted sum over the streams' final hidden states, one for each P of an adapter.
 
 Dimensions: B batch, P streams, S sequence, D hidden size.
 """
@@ -9,12 +9,14 @@ from torch.nn import functional as F
 
 
 class Aggregator(nn.Module):
-    """`w = softmax(Linear(D→P)(SiLU(Linear(P·D→D)(concat h_i))))`, `w ← w(1-ε) + ε/P`, `h = Σ w_i h_i`.
+    """Merge streams: `w = softmax(Linear(D→P)(SiLU(Linear(P·D→D)(concat h_i))))`, `h = Σ w_i h_i`.
 
-    For every head P > 1 it holds `p{P}_hidden_weight [D, P*D]`, `p{P}_hidden_bias [D]`, `p{P}_output_weight [P, D]` and
-    `p{P}_output_bias [P]` in float32, with the concatenation in stream-major order (`i*D + d`). One stream needs none.
+    In between, the weights are smoothed: `w ← w(1-ε) + ε/P`. For every head P > 1 it holds, in
+    float32, `p{P}_hidden_weight [D, P*D]`, `p{P}_hidden_bias [D]`, `p{P}_output_weight [P, D]` and
+    `p{P}_output_bias [P]`. The concatenation is stream-major (`i*D + d`). One stream needs none.
 
-    Source: arXiv 2505.10475 §2; upstream's `model.aggregate_layer`, whose concatenation has the stream innermost.
+    Source: arXiv 2505.10475 §2; upstream's `model.aggregate_layer`, whose concatenation has the
+    stream innermost.
 
     Args:
         hidden_size: D.
@@ -30,12 +32,13 @@ class Aggregator(nn.Module):
         self.smoothing = smoothing
         for p in heads:
             if p > 1:
-                hidden = nn.Linear(p * hidden_size, hidden_size, device=device, dtype=torch.float32)
-                output = nn.Linear(hidden_size, p, device=device, dtype=torch.float32)
-                self.register_parameter(f"p{p}_hidden_weight", hidden.weight)
-                self.register_parameter(f"p{p}_hidden_bias", hidden.bias)
-                self.register_parameter(f"p{p}_output_weight", output.weight)
-                self.register_parameter(f"p{p}_output_bias", output.bias)
+                self._add(f"p{p}_hidden", p * hidden_size, hidden_size, device)
+                self._add(f"p{p}_output", hidden_size, p, device)
+
+    def _add(self, name: str, inputs: int, outputs: int, device: torch.device) -> None:
+        linear = nn.Linear(inputs, outputs, device=device, dtype=torch.float32)
+        for kind, parameter in linear.named_parameters():
+            self.register_parameter(f"{name}_{kind}", parameter)
 
     @torch.no_grad()
     def start_uniform(self) -> None:
@@ -45,7 +48,7 @@ class Aggregator(nn.Module):
                 parameter.zero_()
 
     def weights(self, hidden: Tensor) -> Tensor:
-        """Weights `[B, P, S, 1]` in float32 of the streams in `hidden` `[B, P, S, D]`; they sum to one over P."""
+        """Weights `[B, P, S, 1]` in float32 of the streams `[B, P, S, D]`; over P they sum to 1."""
         p = hidden.shape[1]
         concatenation = hidden.transpose(1, 2).flatten(2)  # [B, S, P*D]
         inner = F.silu(self._linear(f"p{p}_hidden", concatenation))

@@ -11,24 +11,28 @@ class ParScaleConfig(PeftConfig):
     """Configuration of a ParScale adapter (arXiv 2505.10475).
 
     Args:
-        num_streams: Parallel streams P whose prefixes the adapter holds. One stream is plain prefix tuning, the
-            control of a comparison.
-        heads: The values of P that the adapter serves, each with an aggregator of its own over the first streams.
-            The largest is `num_streams`. `None` stands for `[num_streams]`.
+        num_streams: Parallel streams P whose prefixes the adapter holds. One stream is plain prefix
+            tuning, the control of a comparison.
+        heads: The values of P that the adapter serves, each with an aggregator of its own over the
+            first streams. The largest is `num_streams`. `None` stands for `[num_streams]`.
         num_virtual_tokens: Learned prefix tokens n of every stream.
         smoothing: ε in `w(1 - ε) + ε/P`, the floor of the aggregation weights.
         init: `"text"` starts stream i from the keys and values that the backbone computes on
-            `start_token_ids[i]`; `"random"` from a normal distribution. Both are overwritten when an adapter is loaded.
-        start_token_ids: `[num_streams][num_virtual_tokens]` token ids of real text, one text for each stream.
+            `start_token_ids[i]`; `"random"` from a normal distribution. Loading an adapter
+            overwrites either.
+        start_token_ids: `[num_streams][num_virtual_tokens]` token ids of real text, one text for
+            each stream.
         decoder: Name of the decoder inside the causal LM; found at injection.
         hidden_size: Width D of the decoder's output; found at injection.
-        attention_shapes: `[H, Dk, Dv]` (key-value heads, key and value head size) of every attention module with a
-            prefix, by its name; found at injection with a two-token forward pass.
-        backbone_trained: The backbone was trained together with the streams, so P = 1 is not the original model.
+        attention_shapes: `[H, Dk, Dv]` (key-value heads, key and value head size) of every
+            attention module with a prefix, by its name; found at injection with a two-token pass.
+        backbone_trained: The backbone was trained together with the streams, so P = 1 is not the
+            original model.
         backbone_dtype: Precision the backbone had when the adapter was trained.
         fingerprint: What identifies the backbone, see `recycle.parscale.fingerprint`.
     """
 
+    task_type: str | None = field(default="CAUSAL_LM", metadata={"help": "The only one there is."})
     num_streams: int = field(default=4, metadata={"help": "Parallel streams P."})
     heads: list[int] | None = field(default=None, metadata={"help": "Values of P that are served."})
     num_virtual_tokens: int = field(default=48, metadata={"help": "Prefix tokens of every stream."})
@@ -54,7 +58,6 @@ class ParScaleConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType.PARSCALE
-        self.task_type = self.task_type or "CAUSAL_LM"
         self.heads = sorted(self.heads) if self.heads else [self.num_streams]
         if self.num_streams < 1 or self.num_virtual_tokens < 1:
             raise ValueError(
@@ -68,17 +71,18 @@ class ParScaleConfig(PeftConfig):
             )
         if self.heads[0] < 1 or (self.heads[0] == 1 and self.num_streams > 1):
             raise ValueError(
-                f"heads are at least 2, got {self.heads}. P = 1 is the backbone itself and needs no head."
+                f"heads are at least 2, got {self.heads}. P = 1 is the backbone itself and needs "
+                "no head."
             )
         if not 0 <= self.smoothing < 1:
             raise ValueError(f"smoothing lies in [0, 1), got {self.smoothing}.")
         if self.init not in ("text", "random"):
             raise ValueError(f"init is 'text' or 'random', got {self.init!r}.")
-        shape = (
-            [len(row) for row in self.start_token_ids] if self.start_token_ids is not None else None
-        )
-        if shape is not None and shape != [self.num_virtual_tokens] * self.num_streams:
-            raise ValueError(
-                f"start_token_ids holds num_streams={self.num_streams} lists of "
-                f"num_virtual_tokens={self.num_virtual_tokens} token ids, got lists of lengths {shape}."
-            )
+        if self.start_token_ids is not None:
+            lengths = [len(row) for row in self.start_token_ids]
+            if lengths != [self.num_virtual_tokens] * self.num_streams:
+                raise ValueError(
+                    f"start_token_ids holds num_streams={self.num_streams} lists of "
+                    f"num_virtual_tokens={self.num_virtual_tokens} token ids, got lists of lengths "
+                    f"{lengths}."
+                )

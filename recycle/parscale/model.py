@@ -8,9 +8,10 @@ import torch
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
+from transformers import PreTrainedModel
 
 from .config import ParScaleConfig
-from .initialise import locate_attention, start_from_text
+from .initialise import check_token_ids, locate_attention, start_from_text
 from .prefix import PREFIX_CHILD, StreamLayer, StreamPrefix
 from .streams import STREAMS_CHILD, DecoderStreams
 
@@ -18,9 +19,10 @@ from .streams import STREAMS_CHILD, DecoderStreams
 class ParScaleModel(BaseTuner):
     """P parallel streams through one frozen causal LM (ParScale, arXiv 2505.10475).
 
-    Every attention module gets a child with learned keys `[P, H, n, Dk]` and values `[P, H, n, Dv]` that all queries see, and
-    the decoder a child with one aggregator for each P, which merges the streams' final hidden states by a learned weighted
-    sum. Only these learn, in float32; the backbone is frozen, and without the adapter it is untouched bit for bit.
+    Every attention module gets a child with learned keys `[P, H, n, Dk]` and values `[P, H, n, Dv]`
+    that all queries see, and the decoder a child with one aggregator for each P, which merges the
+    streams' final hidden states by a learned weighted sum. Only these learn, in float32; the
+    backbone is frozen, and without the adapter it is untouched bit for bit.
 
     Args:
         model: A causal LM of transformers.
@@ -37,14 +39,17 @@ class ParScaleModel(BaseTuner):
     ) -> PeftConfig:
         return peft_config
 
-    def _prepare_model(self, peft_config: ParScaleConfig, model: nn.Module) -> None:
-        if self._starts_from_text(peft_config) and peft_config.start_token_ids is None:
-            raise ValueError(
-                "init='text' needs start_token_ids: a list of num_virtual_tokens="
-                f"{peft_config.num_virtual_tokens} token ids for each of the {peft_config.num_streams} streams. "
-                "Pass them, for example from recycle.parscale.start_token_ids(tokenizer, texts, num_virtual_tokens), "
-                "or choose init='random'."
-            )
+    def _prepare_model(self, peft_config: ParScaleConfig, model: PreTrainedModel) -> None:
+        if self._starts_from_text(peft_config):
+            if peft_config.start_token_ids is None:
+                raise ValueError(
+                    "init='text' needs start_token_ids: a list of num_virtual_tokens="
+                    f"{peft_config.num_virtual_tokens} token ids for each of the "
+                    f"{peft_config.num_streams} streams. Pass them, for example from "
+                    "recycle.parscale.start_token_ids(tokenizer, texts, num_virtual_tokens), or "
+                    "choose init='random'."
+                )
+            check_token_ids(model, peft_config.start_token_ids)
         keep_gradients_of_4bit_layers(model)
         if peft_config.attention_shapes is None:
             locate_attention(model, peft_config)
@@ -66,37 +71,41 @@ class ParScaleModel(BaseTuner):
         parent: nn.Module,
         current_key: str,
     ) -> None:
+        config = peft_config
         *_, last = target.parameters()
-        shape = (peft_config.attention_shapes or {}).get(current_key)
+        shape = (config.attention_shapes or {}).get(current_key)
         if shape is not None:
             if PREFIX_CHILD not in target._modules:
                 target.add_module(PREFIX_CHILD, StreamPrefix())
-            target.get_submodule(PREFIX_CHILD).add(  # type: ignore[operator]
-                adapter_name,
-                shape,
-                peft_config.num_streams,
-                peft_config.num_virtual_tokens,
-                last.device,
+            prefix = target._modules[PREFIX_CHILD]
+            assert isinstance(prefix, StreamPrefix)
+            prefix.add(
+                adapter_name, shape, config.num_streams, config.num_virtual_tokens, last.device
             )
-        if current_key == peft_config.decoder:
+        if current_key == config.decoder:
             if STREAMS_CHILD not in target._modules:
                 target.add_module(STREAMS_CHILD, DecoderStreams(target))
-            target.get_submodule(STREAMS_CHILD).add(  # type: ignore[operator]
-                adapter_name,
-                peft_config.hidden_size,
-                peft_config.heads,
-                peft_config.smoothing,
-                last.device,
+            streams = target._modules[STREAMS_CHILD]
+            assert isinstance(streams, DecoderStreams)
+            assert config.hidden_size is not None
+            assert config.heads is not None
+            streams.add(
+                adapter_name, config.hidden_size, config.heads, config.smoothing, last.device
             )
 
     def inject_adapter(
         self,
-        model: nn.Module,
+        model: PreTrainedModel,
         adapter_name: str,
         autocast_adapter_dtype: bool = True,
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, torch.Tensor] | None = None,
     ) -> None:
+        if not adapter_name or "." in adapter_name or hasattr(nn.ModuleDict, adapter_name):
+            raise ValueError(
+                "An adapter's name has no dots and is no method of a torch module, got "
+                f"{adapter_name!r}. Take a name such as 'p4'."
+            )
         super().inject_adapter(
             model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict
         )
@@ -104,12 +113,24 @@ class ParScaleModel(BaseTuner):
         if self._starts_from_text(config) and not low_cpu_mem_usage:
             start_from_text(model, config.start_token_ids, adapter_name)
 
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """As in PEFT; and an adapter chosen by its name is in use, also after `set_p(model, 1)`.
+
+        A list of names comes from PEFT itself, which repeats what is active anyway.
+        """
+        super().set_adapter(adapter_name, inference_mode)
+        if isinstance(adapter_name, str):
+            for module in self.model.modules():
+                if isinstance(module, StreamLayer):
+                    module.enable()
+
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         if kwargs.get("adapter_names") is not None:
             raise ValueError(
                 "ParScale runs one adapter for the whole batch and takes no adapter_names, got "
-                f"{kwargs['adapter_names']}. Choose one with model.set_adapter(name) or recycle.set_p(model, p)."
+                f"{kwargs['adapter_names']}. Choose one with model.set_adapter(name) or "
+                "recycle.set_p(model, p)."
             )
         yield
 
@@ -132,12 +153,12 @@ class ParScaleModel(BaseTuner):
         return self.model
 
 
-def keep_gradients_of_4bit_layers(model: nn.Module) -> None:
+def keep_gradients_of_4bit_layers(model: PreTrainedModel) -> None:
     """Switch off bitsandbytes' repacking of nf4 weights on AVX512-BF16 CPUs.
 
-    It happens at the first forward pass in eval mode, and the gradients of everything below silently become None from
-    then on.
+    It happens at the first forward pass in eval mode, and the gradients of everything below
+    silently become None from then on.
     """
     for module in model.modules():
         if type(module).__name__ == "Linear4bit":
-            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+            module.support_avx512bf16_for_cpu = False

@@ -1,7 +1,8 @@
 """Learned keys and values of every stream, and how they enter attention.
 
 Dimensions: B batch, P streams, H key-value heads, n prefix tokens, Q query length, K key length,
-Dk and Dv key and value head size. Streams are batch-major: row `b * P + i` is stream i of sequence b.
+Dk and Dv key and value head size. Streams are batch-major: row `b * P + i` is stream i of sequence
+b.
 """
 
 import threading
@@ -29,9 +30,11 @@ class ActiveStreams:
 class _ForwardState(threading.local):
     """What the modules of a decoder see of the forward pass they are in; one for each thread."""
 
-    streams: ActiveStreams | None = None
-    choice: tuple[nn.Module, ActiveStreams | None] | None = None  # decoder's child and its streams
-    record: Callable[[nn.Module, Tensor, Tensor], None] | None = None
+    def __init__(self) -> None:  # runs in every thread; torch.compile guards no class attribute
+        self.streams: ActiveStreams | None = None
+        # What this thread chose, the latest first: a decoder's child and its streams.
+        self.choices: tuple[tuple[nn.Module, ActiveStreams | None], ...] = ()
+        self.record: Callable[[nn.Module, Tensor, Tensor], None] | None = None
 
 
 forward_state = _ForwardState()
@@ -40,10 +43,26 @@ forward_state = _ForwardState()
 class StreamLayer(BaseTunerLayer):
     """What the children of attention modules and of the decoder have in common in PEFT's eyes."""
 
+    active_adapters: list[str]  # both are properties of PEFT's class
+    disable_adapters: bool
+    device: torch.device  # of the backbone's module, where an adapter is added
+
     def __init__(self) -> None:
         self._disable_adapters = False
         self._active_adapter: str | list[str] = []
         self.merged_adapters: list[str] = []
+
+    def enable(self) -> None:
+        """Use the active adapter again, and leave alone which parameters are trained."""
+        self._disable_adapters = False
+
+    def _move_adapter_to_device_of_base_layer(
+        self, adapter_name: str, device: torch.device | None = None
+    ) -> None:
+        # PEFT calls it after a load with low_cpu_mem_usage; a child has no base layer to ask.
+        for name, parameter in self.named_parameters():
+            if adapter_name in name.split(".") and parameter.device.type != "meta":
+                parameter.data = parameter.data.to(device or self.device)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         raise ValueError(
@@ -53,7 +72,9 @@ class StreamLayer(BaseTunerLayer):
 
 
 class StreamPrefix(nn.Module, StreamLayer):
-    """Child of one attention module: `parscale_keys` [P, H, n, Dk] and `parscale_values` [P, H, n, Dv] for each adapter.
+    """Child of an attention module: the learned keys and values of every stream, for each adapter.
+
+    `parscale_keys` [P, H, n, Dk] and `parscale_values` [P, H, n, Dv], in float32.
 
     Source: arXiv 2505.10475 §2; upstream's `prefix_k` and `prefix_v`.
     """
@@ -70,9 +91,10 @@ class StreamPrefix(nn.Module, StreamLayer):
         self, adapter: str, shape: list[int], streams: int, tokens: int, device: torch.device
     ) -> None:
         """Add an adapter with a random start: normal with standard deviation 0.02, in float32."""
+        self.device = device
         heads, key_size, value_size = shape
         for values, size in ((self.parscale_keys, key_size), (self.parscale_values, value_size)):
-            start = torch.empty(streams, heads, tokens, size, device=device)
+            start = torch.empty(streams, heads, tokens, size, device=device, dtype=torch.float32)
             values[adapter] = nn.Parameter(start.normal_(std=0.02))
 
     def prepend(self, streams: ActiveStreams, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -100,25 +122,29 @@ def attend(
     *args: Any,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """Run one of transformers' attention functions with the active streams' prefixes in front of keys and values.
+    """Run an attention function of transformers with the active streams' prefixes in front.
 
     Without active streams, or in a module that has no prefix, the function is called as it is.
 
     Args:
         attention: The function that transformers chose for `implementation`.
-        query: `[B*P, heads, Q, Dk]`; key, value: `[B*P, H, K, Dk|Dv]`, after the rotary embedding and the cache.
-        attention_mask: `[B*P or 1, heads or 1, Q, K]`, bool (true is visible) or additive; None where the function
-            does without.
+        implementation: The name of that function, such as "sdpa".
+        module: The attention module.
+        query: `[B*P, heads, Q, Dk]`, after the rotary embedding.
+        key: `[B*P, H, K, Dk]`, after the rotary embedding and the cache.
+        value: `[B*P, H, K, Dv]`, after the cache.
+        attention_mask: `[B*P or 1, heads or 1, Q, K]`, bool (true is visible) or additive; None
+            where the function does without.
     """
     if forward_state.record is not None:
         forward_state.record(module, key, value)
     streams = forward_state.streams
-    prefix = module._modules.get(PREFIX_CHILD) if streams is not None else None
-    if streams is None or prefix is None:
+    prefix = module._modules.get(PREFIX_CHILD)
+    if streams is None or not isinstance(prefix, StreamPrefix):
         return attention(module, query, key, value, attention_mask, *args, **kwargs)
 
-    key, value = prefix.prepend(streams, key, value)  # type: ignore[operator]
-    num_virtual_tokens = prefix.parscale_keys[streams.adapter].shape[2]  # type: ignore
+    key, value = prefix.prepend(streams, key, value)
+    num_virtual_tokens = prefix.parscale_keys[streams.adapter].shape[2]
     if attention_mask is not None:
         visible = 1.0 if attention_mask.dtype == torch.bool else 0.0
         attention_mask = F.pad(attention_mask, (num_virtual_tokens, 0), value=visible)
@@ -129,8 +155,9 @@ def attend(
     if implementation != "sdpa" or query.shape[2] == 1 or not is_causal:
         return attention(module, query, key, value, None, *args, **kwargs)
 
-    # Without a mask sdpa is causal from the upper left corner, so the prefix needs rows of its own. Their outputs
-    # are dropped; a mask instead would rule out the flash kernels and compute the upper triangle as well.
+    # Without a mask sdpa is causal from the upper left corner, so the prefix needs rows of its own.
+    # Their outputs are dropped; a mask instead would rule out the flash kernels and compute the
+    # upper triangle as well.
     query = F.pad(query, (0, 0, num_virtual_tokens, 0))
     output, weights = attention(module, query, key, value, None, *args, **kwargs)
     return output[:, num_virtual_tokens:], weights

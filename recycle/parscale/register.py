@@ -1,7 +1,8 @@
 """The only file that touches PEFT's registry and transformers' attention dispatch.
 
-PEFT keeps its methods in an enum and has no way to add one from outside the library, and a new attention name would lose
-its mask in the models that test for "eager" and "sdpa" by name. So both are extended in place, once, on import.
+PEFT keeps its methods in an enum and has no way to add one from outside the library, and a new
+attention name would lose its mask in the models that test for "eager" and "sdpa" by name. So both
+are extended in place, once, on import.
 """
 
 from collections.abc import Callable
@@ -12,19 +13,18 @@ from peft import PeftType
 from peft.utils import register_peft_method
 from transformers.modeling_utils import AttentionInterface
 
+from .config import ParScaleConfig
+from .model import ParScaleModel
 from .prefix import attend
 
 NAME = "PARSCALE"
 
 
 def register() -> None:
-    """Make `PARSCALE` a method of PEFT and let its prefixes into attention. Calling it again does nothing."""
+    """Make `PARSCALE` a method of PEFT and let its prefixes into attention; once is enough."""
     if NAME in PeftType.__members__:
         return
     _add_peft_type()
-    from .config import ParScaleConfig
-    from .model import ParScaleModel
-
     register_peft_method(name=NAME.lower(), config_cls=ParScaleConfig, model_cls=ParScaleModel)
     _intercept_attention()
 

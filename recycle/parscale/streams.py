@@ -1,7 +1,8 @@
 """Replicate before the decoder, aggregate after it, one cache for all streams.
 
-Dimensions: B batch, P streams, H key-value heads, S sequence, D hidden size. Streams are batch-major: row `b * P + i`
-is stream i of sequence b, so everything outside the decoder sees batch B.
+Dimensions: B batch, P streams, H key-value heads, S sequence, D hidden size. Streams are
+batch-major: row `b * P + i` is stream i of sequence b, so everything outside the decoder sees
+batch B.
 """
 
 import inspect
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
 from .aggregator import Aggregator
@@ -27,14 +29,14 @@ class CacheError(ValueError):
 class StreamCache(Cache):
     """What the decoder sees of a cache: batch B*P over a cache that holds batch B with P*H heads.
 
-    The streams are extra key-value heads of an ordinary cache, so that beam search, cropping and static caches work on it as
-    on any other, and fewer streams are a slice of it.
+    The streams are extra key-value heads of an ordinary cache, so that beam search, cropping and
+    static caches work on it as on any other, and fewer streams are a slice of it.
     """
 
     def __init__(self, cache: Cache, num_streams: int) -> None:
         self.cache = cache
         self.num_streams = num_streams
-        cache.num_streams = num_streams  # type: ignore[attr-defined]
+        cache.num_streams = num_streams
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.cache, name)
@@ -48,7 +50,7 @@ class StreamCache(Cache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Append keys and values `[B*P, H, S, D]` of a layer; return all of the layer's in the same layout."""
+        """Append keys and values `[B*P, H, S, D]` of a layer; return all of the layer's."""
         keys, values = self.cache.update(
             self._fold(key_states), self._fold(value_states), layer_idx, *args, **kwargs
         )
@@ -63,12 +65,13 @@ def shrink_cache(cache: Cache, p: int) -> None:
         p: Streams to keep, at least 2 and at most the cache's.
 
     Raises:
-        CacheError: The cache holds fewer streams, or `p` is 1: the backbone's keys and values are none of the streams'.
+        CacheError: The cache holds fewer streams, or `p` is 1: the backbone's keys and values are
+            none of the streams'.
     """
     have = getattr(cache, "num_streams", 1)
     if not 2 <= p <= have:
         raise CacheError(
-            f"A cache can be cut to between 2 and its own number of streams ({have}), got p={p}. "
+            f"A cache can be cut to 2 streams or more, up to its own number of {have}, got p={p}. "
             "For the backbone (P = 1) start with a new cache."
         )
     for layer in cache.layers:
@@ -87,17 +90,18 @@ def _check_cache(cache: Cache | None, p: int) -> None:
     )
     if filled and have != p:
         raise CacheError(
-            f"The cache was filled with P = {have}, but P = {p} is in use. Go on with P = {have}, start with a "
-            "new cache, or, to go down within a nested family, cut it with recycle.parscale.shrink_cache(cache, p)."
+            f"The cache was filled with P = {have}, but P = {p} is in use. Go on with P = {have}, "
+            "start with a new cache, or, to go down within a nested family, cut it with "
+            "recycle.parscale.shrink_cache(cache, p)."
         )
 
 
 class DecoderStreams(nn.Module, StreamLayer):
-    """Child of the decoder: the aggregators, which streams are active, and the two hooks that put them around the decoder."""
+    """Child of the decoder: the aggregators, and the two hooks that put the streams around it."""
 
     adapter_layer_names = ("parscale_aggregator",)
 
-    def __init__(self, decoder: nn.Module) -> None:
+    def __init__(self, decoder: PreTrainedModel) -> None:
         nn.Module.__init__(self)
         StreamLayer.__init__(self)
         self.parscale_aggregator = nn.ModuleDict()
@@ -118,9 +122,15 @@ class DecoderStreams(nn.Module, StreamLayer):
         device: torch.device,
     ) -> None:
         """Add an adapter's aggregators; its largest P is in use first."""
+        self.device = device
         self.parscale_aggregator[adapter] = Aggregator(hidden_size, heads, smoothing, device)
         self.heads[adapter] = list(heads)
         self.p[adapter] = heads[-1]
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        self.heads.pop(adapter_name, None)
+        self.p.pop(adapter_name, None)
 
     def remove(self) -> None:
         """Take the hooks off the decoder."""
@@ -128,21 +138,22 @@ class DecoderStreams(nn.Module, StreamLayer):
             hook.remove()
 
     def selection(self) -> ActiveStreams | None:
-        """The streams that the next forward pass in this thread uses; None for the untouched backbone."""
-        if forward_state.choice is not None and forward_state.choice[0] is self:
-            return forward_state.choice[1]
+        """The streams that the next forward pass in this thread uses; None for the backbone."""
+        for layer, streams in forward_state.choices:
+            if layer is self:
+                return streams
         if self.disable_adapters or not self.active_adapters:
             return None
         if len(self.active_adapters) > 1:
             raise ValueError(
-                f"One ParScale adapter can be active at a time, got {self.active_adapters}. Choose one with "
-                "model.set_adapter(name)."
+                f"One ParScale adapter can be active at a time, got {self.active_adapters}. Choose "
+                "one with model.set_adapter(name)."
             )
         adapter = self.active_adapters[0]
         return ActiveStreams(adapter, self.p[adapter], (self.p[adapter],))
 
     def _replicate(
-        self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, decoder: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         streams = self.selection()
         p = 1 if streams is None else streams.num_streams
@@ -158,8 +169,8 @@ class DecoderStreams(nn.Module, StreamLayer):
         implementation = decoder.config._attn_implementation
         if implementation not in SUPPORTED_ATTENTION:
             raise ValueError(
-                f"Streams run with attn_implementation {' or '.join(SUPPORTED_ATTENTION)}, got {implementation!r}. "
-                "Load the backbone with attn_implementation='sdpa'."
+                f"Streams run with attn_implementation {' or '.join(SUPPORTED_ATTENTION)}, got "
+                f"{implementation!r}. Load the backbone with attn_implementation='sdpa'."
             )
         text = kwargs.get("input_ids")
         text = kwargs["inputs_embeds"] if text is None else text
@@ -178,7 +189,7 @@ class DecoderStreams(nn.Module, StreamLayer):
         return (), kwargs
 
     def _aggregate(
-        self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+        self, decoder: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> Any:
         streams, forward_state.streams = forward_state.streams, None
         if streams is None or output is None:
@@ -207,12 +218,15 @@ def _replicate_value(name: str, value: Any, batch: int, p: int) -> Any:
     return value.repeat_interleave(p, dim=0) if value.shape[0] == batch else value
 
 
-def _checkpoints(decoder: nn.Module) -> bool:
+def _checkpoints(decoder: PreTrainedModel) -> bool:
     return decoder.training and bool(getattr(decoder, "gradient_checkpointing", False))
 
 
 class _CheckpointWithStreams:
-    """A checkpoint function whose recomputation, in whatever thread, sees the streams of the forward pass."""
+    """A checkpoint function whose recomputation sees the streams of the forward pass.
+
+    On CUDA the recomputation runs in another thread.
+    """
 
     def __init__(self, checkpoint: Callable[..., Any]) -> None:
         self.checkpoint = checkpoint
@@ -230,18 +244,22 @@ class _CheckpointWithStreams:
         return self.checkpoint(run, *args, **kwargs)
 
 
-def _carry_streams_into_recomputation(decoder: nn.Module) -> None:
+def _carry_streams_into_recomputation(decoder: PreTrainedModel) -> None:
     for module in decoder.modules():
         checkpoint = module.__dict__.get("_gradient_checkpointing_func")
         if checkpoint is not None and not isinstance(checkpoint, _CheckpointWithStreams):
-            module._gradient_checkpointing_func = _CheckpointWithStreams(checkpoint)  # type: ignore
+            module._gradient_checkpointing_func = _CheckpointWithStreams(checkpoint)
 
 
 @contextmanager
 def choose_streams(layer: DecoderStreams, streams: ActiveStreams | None) -> Iterator[None]:
-    """Run `streams` (None: the backbone) through `layer` in this thread, whatever the model is set to."""
-    previous, forward_state.choice = forward_state.choice, (layer, streams)
+    """Run `streams` (None: the backbone) through `layer`, whatever the model is set to.
+
+    It holds inside the `with` block and in this thread only.
+    """
+    previous = forward_state.choices
+    forward_state.choices = ((layer, streams), *previous)
     try:
         yield
     finally:
-        forward_state.choice = previous
+        forward_state.choices = previous

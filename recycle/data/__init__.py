@@ -1,0 +1,11 @@
+"""Text from a source -> splits that share nothing -> blocks of tokens.
+
+Reading order: `splits.py` (the rule, and what comes out), `evaluation.py` and `training.py` (what
+each split takes), `files.py` and `rows.py` (the sources), `text.py` (one document).
+"""
+
+from .files import STDLIB
+from .splits import Document, Splits, prepare
+from .text import DataError
+
+__all__ = ["STDLIB", "DataError", "Document", "Splits", "prepare"]

@@ -1,0 +1,135 @@
+"""Files as sources: a folder or glob of text, and the standard library's own source."""
+
+import glob
+import os
+import platform
+import random
+import sysconfig
+from collections import Counter
+from collections.abc import Iterator
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+from recycle.recipe import Data
+
+from .evaluation import DOCUMENTS_PER_GROUP
+from .text import DataError, Text
+
+# In Python 3.11 to 3.13 on every machine; no tests, no tables, nothing that an installation writes.
+_STDLIB = """
+_collections_abc _compat_pickle _markupbase _osx_support _py_abc _pydecimal _pyio _sitebuiltins
+_strptime _threading_local _weakrefset abc argparse ast asyncio base64 bdb bisect bz2 cProfile
+calendar cmd code codecs codeop collections colorsys compileall concurrent configparser contextlib
+copy copyreg csv ctypes curses dataclasses datetime dbm decimal difflib dis doctest email enum
+filecmp fileinput fnmatch fractions ftplib functools genericpath getopt getpass gettext glob
+graphlib gzip hashlib heapq hmac html http imaplib importlib inspect io ipaddress json keyword
+linecache locale logging lzma mailbox mimetypes modulefinder multiprocessing netrc ntpath numbers
+opcode operator optparse os pathlib pdb pickle pickletools pkgutil platform plistlib poplib
+posixpath pprint profile pstats pty py_compile pyclbr pydoc queue quopri random re reprlib
+rlcompleter runpy sched secrets selectors shelve shlex shutil signal site smtplib socket
+socketserver sqlite3 ssl stat statistics string stringprep struct subprocess symtable sysconfig
+tabnanny tarfile tempfile textwrap threading timeit token tokenize tomllib trace traceback
+tracemalloc tty turtle types typing unittest urllib uuid venv warnings wave weakref webbrowser
+wsgiref xml xmlrpc zipapp zipfile zipimport zoneinfo
+"""
+STDLIB = tuple(_STDLIB.split())
+
+
+def read_stdlib(data: Data, facts: dict[str, Any], skipped: Counter[str]) -> Iterator[Text]:
+    """The .py files of the running Python's library; the group is the top-level package."""
+    packages = STDLIB if data.packages is None else data.packages
+    if unknown := sorted(set(packages) - set(STDLIB)):
+        raise DataError(
+            f"data.packages names parts of the standard library. Unknown: {', '.join(unknown)}. "
+            f"Valid: {', '.join(STDLIB)}."
+        )
+    root = Path(sysconfig.get_path("stdlib"))
+    found: dict[str, list[Path]] = {}
+    for package in sorted(packages):
+        # A module in one version of Python is a package in another (pathlib, zipfile).
+        single = root / f"{package}.py"
+        inside = _walk(root / package, skip={"test", "tests", "__pycache__"})
+        found[package] = [single] if single.is_file() else [f for f in inside if f.suffix == ".py"]
+    facts["python"] = platform.python_version()
+    facts["packages"] = [package for package, files in found.items() if files]
+    facts["packages_missing"] = [package for package, files in found.items() if not files]
+    yield from _read(found, root, data, skipped)
+
+
+def read_files(data: Data, facts: dict[str, Any], skipped: Counter[str]) -> Iterator[Text]:
+    """Text files; the group is the first folder under the root, or the file itself."""
+    root, files = matching(data)
+    facts |= {"path": data.path, "files": len(files)}
+    groups: dict[str, list[Path]] = {}
+    for file in files:
+        groups.setdefault(file.relative_to(root).parts[0], []).append(file)
+    yield from _read(groups, root, data, skipped)
+
+
+def _read(
+    groups: dict[str, list[Path]], root: Path, data: Data, skipped: Counter[str]
+) -> Iterator[Text]:
+    for group, file in _evaluation_first(groups, data):
+        try:
+            text = file.read_bytes().decode("utf-8-sig")
+        except UnicodeDecodeError:
+            skipped["not UTF-8"] += 1  # folders of text often hold an image or an archive
+        except OSError as error:
+            raise DataError(
+                f"Cannot read {file}: {error.strerror}. Mend it, or leave it out of data.path."
+            ) from None
+        else:
+            yield Text(group, file.relative_to(root).as_posix(), text)
+
+
+def _evaluation_first(groups: dict[str, list[Path]], data: Data) -> list[tuple[str, Path]]:
+    """Files in the order of reading: a few of each of some groups for evaluation, then all others.
+
+    A group that evaluation takes is lost to training, and a plain shuffle would show a file of the
+    largest groups first. So small groups come first, in an order random to a factor of ten.
+    """
+    rng = random.Random(data.seed)
+    lead_size = 2 * (data.validation_documents + data.test_documents)
+    lead: list[tuple[str, Path]] = []
+    rest: list[tuple[str, Path]] = []
+    for group in sorted(groups, key=lambda group: rng.uniform(1, 10) * len(groups[group])):
+        files = [(group, file) for file in groups[group]]
+        rng.shuffle(files)
+        cut = DOCUMENTS_PER_GROUP if len(lead) < lead_size else 0
+        lead += files[:cut]
+        rest += files[cut:]
+    rng.shuffle(rest)
+    return lead + rest
+
+
+def matching(data: Data) -> tuple[Path, list[Path]]:
+    """The folder that names are relative to, and the files of data.path in sorted order."""
+    path = Path(str(data.path)).expanduser()
+    if path.is_file():
+        return path.parent, [path]
+    if path.is_dir() and data.source == "files":
+        root, files = path, _walk(path, skip={"__pycache__"})
+    else:
+        root = Path(*takewhile(lambda part: not glob.has_magic(part), path.parts))
+        matches = map(Path, glob.glob(str(path), recursive=True))
+        files = sorted(match for match in matches if match.is_file())
+    if not files:
+        takes = {"files": "a folder, a file or a glob", "jsonl": "a file or a glob"}[data.source]
+        found = "holds no file" if path.is_dir() else "matches no file"
+        if path.is_dir() and data.source == "jsonl":
+            found = f"is a folder; its files are `data.path='{path}/*.jsonl'`"
+        raise DataError(
+            f"data.source={data.source} reads {takes}; data.path={data.path} {found} (looked from "
+            f"{Path.cwd()}). Set `data.path` to text that is there."
+        )
+    return root, files
+
+
+def _walk(folder: Path, skip: set[str]) -> list[Path]:
+    """Files under `folder` in sorted order; nothing hidden, and no folder named in `skip`."""
+    files = []
+    for parent, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if name not in skip and name[0] != "."]
+        files += [Path(parent, name) for name in names if name[0] != "."]
+    return sorted(file for file in files if file.is_file())

@@ -1,0 +1,127 @@
+"""Rows with fields as sources: JSON lines, and data sets on the Hub."""
+
+import gzip
+import json
+import random
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HTTPError
+
+from recycle.recipe import Data
+
+from .files import matching
+from .text import DataError, Text, sha256
+
+SHUFFLE_BUFFER = 4096  # documents held in memory to shuffle a stream
+
+
+def read_jsonl(data: Data, facts: dict[str, Any], skipped: Counter[str]) -> Iterator[Text]:
+    """Lines of JSON files; the group is the value of data.group_field, or the line itself."""
+    root, files = matching(data)
+    facts |= {"path": data.path, "files": len(files), "text_field": data.text_field}
+    random.Random(data.seed).shuffle(files)
+    yield from _buffer_shuffled(_json_lines(files, root, data, skipped), data.seed)
+
+
+def _json_lines(files: list[Path], root: Path, data: Data, skipped: Counter[str]) -> Iterator[Text]:
+    for file in files:
+        name = file.relative_to(root).as_posix()
+        number = 0
+        try:
+            with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as lines:
+                for number, line in enumerate(lines, start=1):
+                    if line.strip():
+                        where = f"{name}:{number}"
+                        yield from _row_text(json.loads(line), data, where, where, skipped)
+        except DataError:
+            raise
+        except (ValueError, OSError, EOFError) as error:  # ValueError: JSON or UTF-8
+            raise DataError(
+                f"data.source=jsonl takes one JSON object in UTF-8 on each line; {file}, line "
+                f"{number or 1}: {error}. Mend the file, or leave it out of data.path."
+            ) from None
+
+
+def _buffer_shuffled(texts: Iterable[Text], seed: int) -> Iterator[Text]:
+    rng = random.Random(seed)
+    buffer: list[Text] = []
+    for text in texts:
+        if len(buffer) < SHUFFLE_BUFFER:
+            buffer.append(text)
+        else:
+            place = rng.randrange(SHUFFLE_BUFFER)
+            yield buffer[place]
+            buffer[place] = text
+    rng.shuffle(buffer)
+    yield from buffer
+
+
+def read_hub(data: Data, facts: dict[str, Any], skipped: Counter[str]) -> Iterator[Text]:
+    """Rows of a data set on the Hub; the group is as for JSON lines."""
+    facts |= {name: getattr(data, name) for name in ("path", "subset", "split", "text_field")}
+    for row in _hub_rows(data, facts):
+        # A row has no lasting number in a shuffled stream: its content names it.
+        name = sha256(str(row.get(data.text_field)))[:16]
+        yield from _row_text(row, data, f"{data.path}, split {data.split}", name, skipped)
+
+
+def _hub_rows(data: Data, facts: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    path = str(data.path)
+    if Path(path).exists():  # load_dataset would read it in place of the Hub's
+        raise DataError(
+            f"data.source=hub takes the id of a data set on the Hub, and data.path={path} is here "
+            "on disk. Set `data.source=files` or `data.source=jsonl`, or run in another folder."
+        )
+    try:
+        # The commit, so that results name what was read even when the data set moves on.
+        facts["revision"] = HfApi().dataset_info(path, revision=data.revision).sha
+        rows = datasets.load_dataset(
+            path, data.subset, split=data.split, revision=facts["revision"], streaming=True
+        )
+        yield from rows.shuffle(seed=data.seed, buffer_size=SHUFFLE_BUFFER)
+    except (
+        HTTPError,
+        OSError,
+        ValueError,
+        RuntimeError,
+        datasets.exceptions.DatasetsError,
+    ) as error:
+        # The line after "404 Client Error. (Request ID: …)" says what is the matter.
+        told = [line for line in str(error).splitlines() if line and "Client Error" not in line]
+        reason = told[0].rstrip(". ") if told else type(error).__name__
+        raise DataError(
+            f"Cannot read data.path={path} (subset {data.subset}, split {data.split}, revision "
+            f"{data.revision}) from the Hub: {reason}. Check the name, the network and "
+            "HF_HUB_OFFLINE; for a gated or private data set, accept its terms on its page and run "
+            "`hf auth login`."
+        ) from None
+
+
+def _row_text(row: Any, data: Data, where: str, name: str, skipped: Counter[str]) -> Iterator[Text]:
+    if not isinstance(row, dict):
+        raise DataError(f"{where}: a row is a JSON object with named fields, not {row!r:.60}.")
+    for key in ("text_field", "group_field"):
+        value = getattr(data, key)
+        if value is not None and value not in row:
+            raise DataError(
+                f"data.{key}={value}: {where} has no such field. Its fields: "
+                f"{', '.join(map(str, row))}. Set `data.{key}` to one of them."
+            )
+    text = row[data.text_field]
+    if text is None:
+        skipped["empty"] += 1
+    elif not isinstance(text, str):
+        raise DataError(
+            f"data.text_field={data.text_field} must name a field of text; {where} holds a "
+            f"{type(text).__name__} there. Its fields: {', '.join(map(str, row))}."
+        )
+    elif not text.isascii() and text.encode("utf-8", "replace").decode() != text:
+        skipped["not UTF-8"] += 1  # half of a surrogate pair, which JSON can spell
+    else:
+        group = None if data.group_field is None else row[data.group_field]
+        yield Text(name if group is None else str(group), name, text)

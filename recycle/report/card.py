@@ -1,0 +1,99 @@
+"""The model card: metadata that the Hub accepts, and how to load the adapters."""
+
+import re
+
+from huggingface_hub import ModelCardData
+
+from recycle.results import CONTROL, Results, Training
+
+from .markdown import code, document, escape, facts, fence
+from .result import result
+
+RECYCLE = """\
+import recycle
+from transformers import AutoTokenizer
+
+model = recycle.load("FOLDER", p={largest})
+inputs = AutoTokenizer.from_pretrained("FOLDER")("def fibonacci(n):", return_tensors="pt")
+tokens = model.generate(**inputs, max_new_tokens=64)
+recycle.set_p(model, {smallest})  # any of {offered}; 1 is the backbone, bit for bit"""
+PEFT = """\
+import recycle.parscale  # registers the method with PEFT
+from peft import AutoPeftModelForCausalLM
+
+model = AutoPeftModelForCausalLM.from_pretrained("FOLDER/p{largest}")"""
+ELSEWHERE = (
+    "This backbone is not on the Hub. On another machine than the one of this run, tell where it "
+    'lies: `recycle.load("FOLDER", backbone="BACKBONE")`.'
+)
+
+
+def model_card(results: Results) -> str:
+    """The README.md of the run folder."""
+    backbone, data = results.backbone, results.data
+    streams = sorted(model.streams for model in results.models if model.streams > 1)
+    largest, smallest = streams[-1], streams[0]
+    tokens = (f"{_trained(training)}: {training.tokens:,}" for training in results.training)
+    return document(
+        f"---\n{_metadata(results)}\n---",
+        f"# {escape(results.name)}",
+        f"Adapters that give {code(backbone.id)} P = {', '.join(map(str, streams))} parallel "
+        "streams ([ParScale](https://arxiv.org/abs/2505.10475)). The backbone is frozen and not "
+        "part of this folder.",
+        "## How to load",
+        "With `recycle-lm` installed; FOLDER is this folder or its Hub id:",
+        fence(RECYCLE.format(largest=largest, smallest=smallest, offered=[1, *streams]), "python"),
+        "One P with plain PEFT, where FOLDER is on disk:",
+        fence(PEFT.format(largest=largest), "python"),
+        "" if backbone.source == "hub" else ELSEWHERE,
+        result(results),
+        "## Training",
+        facts(
+            {
+                "backbone": backbone.id,
+                "backbone revision": backbone.revision,
+                "backbone fingerprint": backbone.fingerprint,
+                "backbone dtype": backbone.dtype,
+                "backbone quantisation": backbone.quantization,
+                "backbone licence": backbone.license or "unknown",
+                "data": data.source if data.path is None else f"{data.source}: {data.path}",
+                "data licence": data.license or "unknown",
+                "text tokens learned from": "; ".join(tokens),
+            }
+        ),
+        "More in `report.md`; every number, with the loss of each document, in `results.json`.",
+    )
+
+
+def _trained(training: Training) -> str:
+    """What a training made, in the table's names."""
+    streams = ", ".join(map(str, training.streams))
+    return training.name if training.name == CONTROL else f"P = {streams}"
+
+
+def _metadata(results: Results) -> str:
+    """The card's metadata in YAML; Hub ids only where the Hub knows them."""
+    backbone, data = results.backbone, results.data
+    on_hub = backbone.source == "hub"
+    licence, licence_name = _licence(backbone.license)
+    card = ModelCardData(
+        base_model=backbone.id if on_hub else None,
+        base_model_relation="adapter" if on_hub else None,
+        license=licence,
+        license_name=licence_name,
+        library_name="peft",
+        pipeline_tag="text-generation",
+        tags=["parscale", "recycle"],
+        datasets=[data.path] if data.source == "hub" and data.path is not None else None,
+    )
+    return card.to_yaml(line_break="\n").strip()
+
+
+def _licence(named: str | None) -> tuple[str | None, str | None]:
+    """A licence as the Hub wants it: its identifier, or `other` and a name."""
+    if named is None:
+        return None, None
+    identifier = named.lower()
+    if re.fullmatch(r"[a-z0-9][a-z0-9.-]*", identifier):
+        return identifier, None
+    return "other", re.sub(r"[^a-z0-9.]+", "-", identifier).strip("-") or "unnamed"

@@ -1,0 +1,61 @@
+"""The record of a run: `results.json`, one schema from which every table, plot and card is made.
+
+Imports pydantic and the standard library only, so that results can be read anywhere. Reading order:
+`schema.py` (the record) on `comparison.py` (measurements and what follows) and `machine.py`,
+`file.py` (on disk), `table.py` (to be read).
+"""
+
+from .comparison import (
+    BACKBONE,
+    CONTROL,
+    Difference,
+    Measurement,
+    ModelResult,
+    ScoredDocument,
+    Speed,
+    compare,
+    paired_difference,
+)
+from .file import ResultsError, read, write, write_atomically
+from .machine import Hardware, hardware, packages
+from .schema import (
+    BackboneRecord,
+    CurvePoint,
+    DataRecord,
+    LossPoint,
+    Results,
+    Training,
+    WallSeconds,
+)
+from .table import COLUMNS, format_difference, rich_table, shared_training, table
+
+__all__ = [
+    "BACKBONE",
+    "COLUMNS",
+    "CONTROL",
+    "BackboneRecord",
+    "CurvePoint",
+    "DataRecord",
+    "Difference",
+    "Hardware",
+    "LossPoint",
+    "Measurement",
+    "ModelResult",
+    "Results",
+    "ResultsError",
+    "ScoredDocument",
+    "Speed",
+    "Training",
+    "WallSeconds",
+    "compare",
+    "format_difference",
+    "hardware",
+    "packages",
+    "paired_difference",
+    "read",
+    "rich_table",
+    "shared_training",
+    "table",
+    "write",
+    "write_atomically",
+]

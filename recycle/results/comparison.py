@@ -1,0 +1,142 @@
+"""What was measured of each model, and the differences that follow from it.
+
+Losses are in nats per predicted token; a difference is `model - other`, so below zero is better.
+"""
+
+import math
+import statistics
+from collections.abc import Sequence
+
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
+
+from .record import Record
+
+BACKBONE = "backbone"
+CONTROL = "control"
+"""One stream with a prefix, trained on the same tokens. Not "P = 1": that is the backbone."""
+
+
+class ScoredDocument(Record):
+    """One test document, of which one block is scored."""
+
+    name: str
+    group: str
+    tokens: PositiveInt
+    """Predicted tokens; the same for every document."""
+    bytes: PositiveInt
+    """UTF-8 bytes of the text that these tokens are."""
+
+
+class Difference(Record):
+    """Mean difference of two models' losses over the documents, in nats per token."""
+
+    mean: float
+    standard_error: NonNegativeFloat
+
+    @property
+    def distinguishable(self) -> bool:
+        """Whether the mean is at least two standard errors away from zero."""
+        return self.mean != 0 and abs(self.mean) >= 2 * self.standard_error
+
+
+class Speed(Record):
+    """Text tokens a second."""
+
+    train_tokens_per_second: NonNegativeFloat | None = None
+    """None for the backbone, which is not trained."""
+    prefill_tokens_per_second: NonNegativeFloat
+    decode_tokens_per_second: NonNegativeFloat
+
+
+class Measurement(Record):
+    """What was measured of one model; `compare` makes a `ModelResult` of it."""
+
+    name: str
+    """"backbone", "control", "P = 2"...; the name of its row."""
+    streams: PositiveInt
+    losses: tuple[float, ...]
+    """Nats per token of each test document, in their order."""
+    adapter_parameters: NonNegativeInt
+    kv_bytes_per_token: NonNegativeInt
+    speed: Speed | None = None
+
+
+class ModelResult(Measurement):
+    """One row of the table: the measurement and what follows from it."""
+
+    loss: float
+    bits_per_byte: float
+    minus_backbone: Difference | None
+    """None for the backbone."""
+    minus_control: Difference | None
+    """None for the backbone, the control, and where no control was trained."""
+
+
+def paired_difference(a: Sequence[float], b: Sequence[float]) -> Difference:
+    """Mean of a − b over documents and its standard error: standard deviation (ddof 1) / sqrt(n).
+
+    Args:
+        a: loss of each document under one model.
+        b: loss of the same documents, in the same order, under the other.
+
+    Raises:
+        ValueError: of different lengths, or fewer than two documents.
+    """
+    if len(a) != len(b) or len(a) < 2:
+        raise ValueError(
+            "a paired difference takes the losses of the same documents, two or more, "
+            f"under both models; got {len(a)} and {len(b)}"
+        )
+    differences = [x - y for x, y in zip(a, b, strict=True)]
+    return Difference(
+        mean=statistics.fmean(differences),
+        standard_error=statistics.stdev(differences) / math.sqrt(len(differences)),
+    )
+
+
+def compare(
+    documents: Sequence[ScoredDocument], measurements: Sequence[Measurement]
+) -> tuple[ModelResult, ...]:
+    """Derive every row of the table from the losses of each document.
+
+    Args:
+        documents: the test documents, all with the same number of predicted tokens.
+        measurements: one for each model, the backbone first.
+
+    Raises:
+        ValueError: what was measured cannot be compared.
+    """
+    names = [measured.name for measured in measurements]
+    if names[:1] != [BACKBONE] or len(set(names)) != len(names):
+        raise ValueError(f"the models must be the {BACKBONE!r} and others of other names: {names}")
+    if len({document.tokens for document in documents}) != 1:
+        raise ValueError("the test documents must be there, all with the same number of tokens")
+    for measured in measurements:
+        if len(measured.losses) != len(documents):
+            raise ValueError(
+                f"model {measured.name!r} has {len(measured.losses)} losses "
+                f"for {len(documents)} test documents"
+            )
+    losses = {measured.name: measured.losses for measured in measurements}
+    bits_per_nat_of_mean_loss = sum(document.tokens for document in documents) / (
+        math.log(2) * sum(document.bytes for document in documents)
+    )
+
+    def minus(name: str, other: str) -> Difference | None:
+        if name in (BACKBONE, other) or other not in losses:
+            return None
+        return paired_difference(losses[name], losses[other])
+
+    rows = []
+    for measured in measurements:
+        loss = statistics.fmean(measured.losses)
+        rows.append(
+            ModelResult(
+                **{field: getattr(measured, field) for field in Measurement.model_fields},
+                loss=loss,
+                bits_per_byte=loss * bits_per_nat_of_mean_loss,
+                minus_backbone=minus(measured.name, BACKBONE),
+                minus_control=minus(measured.name, CONTROL),
+            )
+        )
+    return tuple(rows)

@@ -1,0 +1,64 @@
+"""`results.json` on disk: written whole or not at all, and checked when read."""
+
+import json
+import os
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from .schema import SCHEMA_VERSION, Results
+
+
+class ResultsError(ValueError):
+    """A `results.json` that cannot be read as one."""
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file so that its path holds the old content or the new, never a part of it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write(results: Results, path: Path) -> None:
+    """Write `results.json`, atomically."""
+    text = json.dumps(
+        results.model_dump(mode="json"), indent=1, ensure_ascii=False, allow_nan=False
+    )
+    write_atomically(path, f"{text}\n".encode())
+
+
+def read(path: Path) -> Results:
+    """Read `results.json`.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ResultsError: it is torn, of an unknown version, or its content breaks the schema.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+    except ValueError as error:  # no JSON, or no UTF-8
+        raise ResultsError(
+            f"{path} is not a whole JSON file ({error}); delete it and run the recipe again"
+        ) from None
+    version = content.get("schema_version") if isinstance(content, dict) else None
+    if version != SCHEMA_VERSION:
+        raise ResultsError(
+            f"{path} has schema_version {version!r}; this version of recycle reads "
+            f"{SCHEMA_VERSION}: read it with the version of recycle that wrote it"
+        )
+    try:
+        return Results.model_validate(content)
+    except ValidationError as error:
+        problems = "\n".join(
+            f"  {'.'.join(map(str, problem['loc'])) or 'results'}: {problem['msg']}"
+            for problem in error.errors()
+        )
+        raise ResultsError(f"{path} breaks the schema of results:\n{problems}") from None

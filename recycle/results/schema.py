@@ -1,0 +1,144 @@
+"""Everything that is known of one run: the schema of `results.json`."""
+
+import math
+from datetime import UTC, datetime
+from typing import Annotated, Final, Literal, Self
+
+from pydantic import (
+    AfterValidator,
+    AwareDatetime,
+    Field,
+    JsonValue,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveInt,
+    model_validator,
+)
+
+from .comparison import Measurement, ModelResult, ScoredDocument, compare
+from .machine import Hardware
+from .record import Record
+
+SCHEMA_VERSION: Final = 1
+
+
+class BackboneRecord(Record):
+    """The frozen model under the adapters."""
+
+    id: str
+    """As in the recipe: Hub id, folder, or package://PACKAGE/FILE.gguf."""
+    source: Literal["hub", "folder", "package"]
+    revision: str | None = None
+    fingerprint: str
+    dtype: str
+    quantization: str | None = None
+    """Quantisation it was loaded in: int8 or nf4."""
+    parameters: PositiveInt
+    model_type: str
+    vocab_size: PositiveInt
+    license: str | None = None
+
+
+class DataRecord(Record):
+    """Where the text came from."""
+
+    source: Literal["hub", "files", "jsonl", "stdlib"]
+    path: str | None = None
+    license: str | None = None
+    facts: dict[str, JsonValue]
+    """Split sizes, counts of dropped documents, hashes, and whatever else `recycle.data` found."""
+
+
+class LossPoint(Record):
+    """Training loss at one step."""
+
+    step: NonNegativeInt
+    tokens: NonNegativeInt
+    """Text tokens seen so far."""
+    loss: float
+
+
+class CurvePoint(Record):
+    """Validation losses at one step."""
+
+    step: NonNegativeInt
+    tokens: NonNegativeInt
+    """Text tokens seen so far."""
+    validation_loss: dict[str, float]
+    """Name of a model in the table -> nats per token."""
+
+
+class Training(Record):
+    """One training run: the whole nested family, one independent P, or the control."""
+
+    name: str
+    """"nested", "p2"..., and "control" for the control."""
+    streams: tuple[PositiveInt, ...]
+    """The P that it trained; (1,) for the control."""
+    tokens: NonNegativeInt
+    """Text tokens learned from."""
+    steps: NonNegativeInt
+    wall_seconds: NonNegativeFloat
+    tokens_per_second: NonNegativeFloat | None = None
+    """Text tokens a second; None without a training step."""
+    stream_tokens_per_second: NonNegativeFloat | None = None
+    """Text tokens times the streams they ran through, a second."""
+    curve: tuple[CurvePoint, ...] = ()
+    train_loss: tuple[LossPoint, ...] = ()
+
+
+class WallSeconds(Record):
+    """Where the time of the run went."""
+
+    setup: NonNegativeFloat
+    training: NonNegativeFloat
+    evaluation: NonNegativeFloat
+
+
+def _utc(date: datetime) -> datetime:
+    return date.astimezone(UTC).replace(microsecond=0)
+
+
+class Results(Record):
+    """Everything that is known of one run. `compare` makes `models`, and it is checked to."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    name: str
+    date: Annotated[AwareDatetime, AfterValidator(_utc)]
+    command: str
+    recipe: dict[str, JsonValue]
+    """The resolved recipe."""
+    recipe_identity: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+    packages: dict[str, str]
+    hardware: Hardware
+    seeds: dict[str, int]
+    backbone: BackboneRecord
+    data: DataRecord
+    training: tuple[Training, ...]
+    documents: tuple[ScoredDocument, ...]
+    models: tuple[ModelResult, ...]
+    """In the order of the table; the backbone first."""
+    wall_seconds: WallSeconds
+
+    @model_validator(mode="after")
+    def _derived_numbers_follow_from_losses(self) -> Self:
+        for got, expected in zip(self.models, compare(self.documents, self.models), strict=True):
+            if not _same(got.model_dump(), expected.model_dump()):
+                raise ValueError(
+                    f"the numbers of model {got.name!r} do not follow from its losses: "
+                    f"the file has {_derived(got)}, its losses give {_derived(expected)}"
+                )
+        return self
+
+
+def _derived(model: ModelResult) -> dict[str, JsonValue]:
+    return model.model_dump(exclude=set(Measurement.model_fields))
+
+
+def _same(a: object, b: object) -> bool:
+    """Equality, but for the last digits of floats, which may differ between Python versions."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
+    if isinstance(a, float) and isinstance(b, float):
+        return math.isclose(a, b, rel_tol=1e-9, abs_tol=1e-12)
+    return a == b

@@ -1,0 +1,62 @@
+"""The public API as a user meets it: six lines of Python."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+import recycle
+from recycle.parscale.family import save_family
+from recycle.parscale.fingerprint import fingerprint
+from tests.adapters import stream_model
+from tests.tiny import tiny_model
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory, tiny_folder):
+    folder = tmp_path_factory.mktemp("runs") / "demo"
+    folder.mkdir()
+    save_family(stream_model(adapter_name="nested"), folder, fingerprint(tiny_folder))
+    AutoTokenizer.from_pretrained(tiny_folder).save_pretrained(folder)
+    return folder
+
+
+def test_six_lines(run_folder):
+    model = recycle.load(run_folder, p=4, dtype=torch.float32)
+    ids = AutoTokenizer.from_pretrained(run_folder)("def merge(left", return_tensors="pt")
+    options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+    four = model.generate(**ids, **options)
+    recycle.set_p(model, 2)
+    assert recycle.get_p(model) == 2
+    assert recycle.available_p(model) == [1, 2, 4]
+    two = model.generate(**ids, **options)
+    recycle.set_p(model, 1)
+    one = model.generate(**ids, **options)
+    assert torch.equal(one, tiny_model().generate(**ids, **options))
+    assert not torch.equal(one, two)
+    assert not torch.equal(two, four)
+    recycle.set_p(model, 4)
+    assert torch.equal(model.generate(**ids, **options), four)
+
+
+def test_a_fresh_process_needs_one_import(run_folder):
+    code = (
+        "import sys, recycle.parscale\n"
+        "trainers = {'trl', 'datasets', 'pydantic', 'matplotlib', 'typer'}\n"
+        "print(sorted(trainers & set(sys.modules)))\n"
+        "from peft import AutoPeftModelForCausalLM\n"
+        f"model = AutoPeftModelForCausalLM.from_pretrained({str(run_folder / 'p2')!r})\n"
+        "print(model.active_adapter, recycle.get_p(model))\n"
+        f"model = recycle.load({str(run_folder)!r}, p=2)\n"
+        "print(model.active_adapter, recycle.get_p(model), recycle.available_p(model))\n"
+    )
+    command = [sys.executable, "-c", code]
+    output = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert output.stdout == "[]\ndefault 2\nnested 2 [1, 2, 4]\n"
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="'recycle' has no attribute 'nothing'"):
+        recycle.nothing  # noqa: B018

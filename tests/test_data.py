@@ -1,0 +1,596 @@
+"""Splits, packing and sources of recycle/data/, on tiny texts and a tiny tokenizer."""
+
+import gzip
+import json
+import os
+import random
+import types
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import datasets
+import pytest
+from huggingface_hub import errors
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+from recycle.data import STDLIB, DataError, Splits, files, prepare, rows, training
+from recycle.data.evaluation import DOCUMENTS_PER_GROUP
+from recycle.data.text import Text
+from recycle.recipe import Data
+
+BLOCK = 16
+
+
+def make_tokenizer(*, post_processor: str | None = None, eos: bool = True) -> Any:
+    """A byte-level BPE without merges beyond a few: every text survives the round trip."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<bos>", "<eos>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(["def word(word):\n    return word\n"] * 5, trainer)
+    if post_processor is not None:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=post_processor, special_tokens=[("<bos>", 0), ("<eos>", 1)]
+        )
+    special = {"bos_token": "<bos>", "eos_token": "<eos>"} if eos else {"bos_token": "<bos>"}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=32, **special)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return make_tokenizer()
+
+
+def config(source: str = "files", **fields: Any) -> Data:
+    sizes = {"block_size": BLOCK, "validation_documents": 3, "test_documents": 6}
+    return Data.model_validate({"source": source} | sizes | fields)
+
+
+def read(data: Any, tokenizer: Any, blocks: int = 20, starts: int = 4, length: int = 5) -> Splits:
+    return prepare(
+        data, tokenizer, train_blocks=blocks, num_virtual_tokens=length, num_starts=starts
+    )
+
+
+def sentence(rng: random.Random) -> str:
+    return " ".join("".join(rng.choices("abcdefghijklmnopqrst", k=5)) for _ in range(4))
+
+
+def page(seed: int | str, lines: int = 6) -> str:
+    rng = random.Random(seed)
+    return "".join(sentence(rng) + "\n" for _ in range(lines))
+
+
+def write_folder(root: Path, groups: int = 30, files: int = 2) -> Path:
+    for group in range(groups):
+        folder = root / f"g{group:02}"
+        folder.mkdir(parents=True)
+        for number in range(files):
+            (folder / f"f{number}.txt").write_text(page(f"{group} {number}") + "\n" * (group % 13))
+    return root
+
+
+def write_jsonl(path: Path, rows: list[Any]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_folder(tmp_path_factory.mktemp("text"))
+
+
+def train_groups(splits: Splits, folder: Path, tokenizer: Any) -> set[str]:
+    """Groups of which the training blocks hold a word; words are random, so no other has it."""
+    text = " ".join(tokenizer.decode(row) for row in splits.train["input_ids"])
+    return {
+        file.parent.name
+        for file in folder.rglob("*.txt")
+        if any(word in text for word in file.read_text().split())
+    }
+
+
+# Blocks and splits
+
+
+def test_shapes_and_counts(folder: Path, tokenizer: Any) -> None:
+    splits = read(config(path=str(folder)), tokenizer)
+    assert splits.train.column_names == ["input_ids"]
+    assert [len(row) for row in splits.train["input_ids"]] == [BLOCK] * 20
+    assert splits.train.cache_files == []
+    assert (len(splits.validation), len(splits.test)) == (3, 6)
+    assert {len(document.input_ids) for document in splits.test} == {BLOCK}
+    assert splits.starts.shape == (4, 5)
+    assert str(splits.starts.dtype) == "torch.int64"
+    assert json.loads(json.dumps(splits.facts)) == splits.facts
+    assert splits.facts["tokens"]["train"] == 20 * BLOCK
+    assert splits.facts["documents_used"]["test"] == 6
+
+
+def test_no_group_is_in_two_splits(folder: Path, tokenizer: Any) -> None:
+    splits = read(config(path=str(folder)), tokenizer)
+    validation = {document.group for document in splits.validation}
+    test = {document.group for document in splits.test}
+    train = train_groups(splits, folder, tokenizer)
+    starts = {name.split("/")[0] for name in splits.facts["start_texts"]}
+    assert len(train) > 1
+    assert not validation & test
+    assert not (train | starts) & (validation | test)
+
+
+def test_an_evaluation_document_is_the_first_block_of_its_text(
+    folder: Path, tokenizer: Any
+) -> None:
+    for document in read(config(path=str(folder)), tokenizer).test:
+        text = (folder / document.name).read_text()
+        first = tokenizer.decode(document.input_ids)
+        assert text.startswith(first)
+        known = tokenizer.decode(document.input_ids[:1])
+        assert document.num_bytes == len(first.encode()) - len(known.encode())
+
+
+def test_bytes_are_counted_in_utf8(tmp_path: Path, tokenizer: Any) -> None:
+    for number in range(40):
+        (tmp_path / f"{number}.txt").write_text(f"{number:03}é€ " * 20)
+    document = read(config(path=str(tmp_path)), tokenizer, blocks=1).test[0]
+    # One token is one byte here (digits, é and € are no merges), and 15 of 16 are predicted.
+    text = tokenizer.decode(document.input_ids[1:])
+    assert len(text.encode()) == document.num_bytes > len(text)
+
+
+def test_equal_calls_are_equal_and_another_seed_differs(folder: Path, tokenizer: Any) -> None:
+    first, second, other = (
+        read(config(path=str(folder), seed=seed), tokenizer) for seed in (3, 3, 4)
+    )
+    assert first.train["input_ids"][:] == second.train["input_ids"][:]
+    assert first.test == second.test
+    assert first.validation == second.validation
+    assert first.starts.equal(second.starts)
+    assert first.facts == second.facts
+    assert first.train["input_ids"][:] != other.train["input_ids"][:]
+    assert {d.name for d in first.test} != {d.name for d in other.test}
+    assert first.facts["sha256"]["train"] != other.facts["sha256"]["train"]
+
+
+def test_hash_follows_the_content(tmp_path: Path, tokenizer: Any) -> None:
+    write_folder(tmp_path)
+    before = read(config(path=str(tmp_path)), tokenizer)
+    changed = tmp_path / before.test[0].name
+    changed.write_text(changed.read_text() + "one more line at the very end\n")
+    after = read(config(path=str(tmp_path)), tokenizer)
+    assert before.test == after.test  # the first blocks are the same
+    assert before.facts["sha256"]["test"] != after.facts["sha256"]["test"]
+    assert before.facts["sha256"]["train"] == after.facts["sha256"]["train"]
+
+
+@pytest.mark.parametrize(
+    ("post_processor", "starts_with_bos"),
+    [(None, False), ("<bos> $A", True), ("<bos> $A <eos>", True), ("$A <eos>", False)],
+)
+def test_one_end_of_document_token_whatever_the_tokenizer_adds(
+    folder: Path,
+    post_processor: str | None,
+    starts_with_bos: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(training, "SPREAD", 1)  # every packed block is returned
+    special = make_tokenizer(post_processor=post_processor)
+    splits = read(config(path=str(folder)), special, blocks=60)
+    flat = [token for row in splits.train["input_ids"] for token in row]
+    ends = flat.count(1)
+    # The last document may be cut before its end, and blocks are shuffled.
+    assert 0 <= splits.facts["documents_used"]["train"] - ends <= 1
+    assert flat.count(0) == (splits.facts["documents_used"]["train"] if starts_with_bos else 0)
+    assert all((document.input_ids[0] == 0) == starts_with_bos for document in splits.test)
+    assert all(1 not in document.input_ids for document in splits.test)
+    assert ((splits.starts[:, 0] == 0) == starts_with_bos).all()
+
+
+def test_packing_is_a_plain_concatenation(
+    folder: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "SPREAD", 1)
+    splits = read(config(path=str(folder)), tokenizer, blocks=60)
+    blocks = splits.train["input_ids"][:]
+    train = train_groups(splits, folder, tokenizer)
+    in_order = files.read_files(config(path=str(folder)), {}, Counter())
+    texts = [text.text for text in in_order if text.group in train]
+    stream = [i for text in texts for i in [*tokenizer(text)["input_ids"], 1]]
+    whole = splits.facts["tokens"]["train_pool"] // BLOCK
+    cut = [stream[at * BLOCK : (at + 1) * BLOCK] for at in range(whole)]
+    places = [cut.index(block) for block in blocks]
+    assert len(set(places)) == 60  # each block once
+    assert places != sorted(places)  # in an order of their own
+
+
+def test_a_small_budget_draws_from_many_documents(folder: Path, tokenizer: Any) -> None:
+    facts = read(config(path=str(folder)), tokenizer, blocks=10).facts
+    assert facts["tokens"]["train"] == 160
+    assert facts["tokens"]["train_pool"] >= training.SPREAD * 160
+    assert facts["documents_used"]["train"] >= 8
+
+
+def test_no_training_still_gives_start_texts(folder: Path, tokenizer: Any) -> None:
+    splits = read(config(path=str(folder)), tokenizer, blocks=0, starts=8)
+    assert splits.train.num_rows == 0
+    assert splits.train.column_names == ["input_ids"]
+    assert splits.starts.shape == (8, 5)
+    groups = {name.split("/")[0] for name in splits.facts["start_texts"]}
+    assert len(groups) == 8
+    assert not groups & {document.group for document in splits.test + splits.validation}
+    for name, ids in zip(splits.facts["start_texts"], splits.starts.tolist(), strict=True):
+        assert (folder / name).read_text().startswith(tokenizer.decode(ids))
+
+
+def test_starts_share_groups_only_when_there_are_too_few(tmp_path: Path, tokenizer: Any) -> None:
+    for number in range(20):
+        (tmp_path / f"{number}.txt").write_text(page(number))
+    for number in range(30):
+        (tmp_path / "big").mkdir(exist_ok=True)
+        (tmp_path / "big" / f"{number}.txt").write_text(page(f"big{number}"))
+    splits = read(config(path=str(tmp_path)), tokenizer, blocks=2, starts=15)
+    names = splits.facts["start_texts"]
+    assert len(set(names)) == 15
+    assert sum(name.startswith("big/") for name in names) > 1
+    assert len({name.split("/")[0] for name in names}) > 1
+
+
+def test_no_warning_about_long_texts(
+    folder: Path, tokenizer: Any, capfd: pytest.CaptureFixture[str]
+) -> None:
+    read(config(path=str(folder)), tokenizer)
+    captured = capfd.readouterr()
+    assert captured.out + captured.err == ""
+
+
+def test_a_large_group_neither_dominates_evaluation_nor_starves_training(
+    tmp_path: Path, tokenizer: Any
+) -> None:
+    for number in range(40):
+        (tmp_path / f"{number}.txt").write_text(page(number))
+    (tmp_path / "big").mkdir()
+    for number in range(400):
+        (tmp_path / "big" / f"{number}.txt").write_text(page(f"big{number}"))
+    for seed in range(4):
+        splits = read(config(path=str(tmp_path), seed=seed), tokenizer, blocks=900)
+        assert splits.facts["documents_read"]["train"] >= 400
+
+    rows = [{"text": page(number), "repo": f"r{number}"} for number in range(60)]
+    rows += [{"text": page(f"big{number}"), "repo": "big"} for number in range(200)]
+    data = config(
+        source="jsonl",
+        path=str(write_jsonl(tmp_path / "rows.jsonl", rows)),
+        group_field="repo",
+        test_documents=12,
+    )
+    splits = read(data, tokenizer, blocks=5)
+    of_big = sum(document.group == "big" for document in splits.test)
+    assert of_big == DOCUMENTS_PER_GROUP  # 200 of 260 rows: seen first, capped
+    assert splits.facts["documents_per_evaluation_group"] == 4
+
+
+# Copies
+
+
+def test_exact_copies_are_counted_and_used_once(tmp_path: Path, tokenizer: Any) -> None:
+    write_folder(tmp_path)
+    for number in range(5):
+        (tmp_path / f"copy{number}.txt").write_text(page("0 0"))
+    (tmp_path / "blank.txt").write_text(" \n\n")
+    # 60 files of about 150 tokens; asking for all of them reads everything.
+    with pytest.raises(DataError, match="5 duplicate") as caught:
+        read(config(path=str(tmp_path)), tokenizer, blocks=10**6)
+    assert "1 empty" in str(caught.value)
+
+
+def test_near_copies_of_training_leave_evaluation(tmp_path: Path, tokenizer: Any) -> None:
+    """Documents of other groups that share 40 % of their lines with training, against 20 %."""
+    for number in range(40):
+        (tmp_path / f"{number:02}.txt").write_text(page(number, lines=10))
+    data = config(path=str(tmp_path), test_documents=6, validation_documents=3)
+    clean = read(data, tokenizer, blocks=100)
+    assert clean.facts["overlap_removed"] == {"test": 0, "validation": 0}
+    trained = next(iter(clean.facts["start_texts"]))  # in training whatever the budget
+    stolen = (tmp_path / trained).read_text().splitlines(keepends=True)
+
+    def plant(name: str, lines: int) -> None:
+        own = (tmp_path / name).read_text().splitlines(keepends=True)
+        # At the end: the document's first block stays what it was. Trivial lines count nothing.
+        (tmp_path / name).write_text("".join(own[: 10 - lines] + stolen[:lines]) + "else:\n" * 9)
+
+    far, near = clean.test[0].name, clean.test[1].name
+    plant(far, 2)
+    plant(near, 4)
+    plant(clean.validation[2].name, 4)
+    planted = read(data, tokenizer, blocks=100)
+    assert planted.facts["overlap_removed"] == {"test": 1, "validation": 1}
+    names = [document.name for document in planted.test]
+    assert far in names
+    assert near not in names
+    assert len(names) == 6  # the surplus fills the place
+    assert clean.validation[2].name not in [document.name for document in planted.validation]
+
+    no_training = read(data, tokenizer, blocks=0)  # the start texts count as well
+    assert no_training.facts["start_texts"][0] == trained
+    assert no_training.facts["overlap_removed"] == {"test": 1, "validation": 1}
+
+
+def test_too_many_near_copies_are_an_error(tmp_path: Path, tokenizer: Any) -> None:
+    shared = page("shared", lines=10)
+    for number in range(40):
+        (tmp_path / f"{number:02}.txt").write_text(page(number, lines=5) + shared)
+    with pytest.raises(
+        DataError, match=r"test_documents=6 .* 0 are left.* 8 of them share over 30%"
+    ):
+        read(config(path=str(tmp_path)), tokenizer)
+
+
+# Too little
+
+
+def test_too_little_for_training_names_what_there_is(folder: Path, tokenizer: Any) -> None:
+    with pytest.raises(DataError, match="160_000 tokens") as caught:
+        read(config(path=str(folder)), tokenizer, blocks=10_000)
+    fit = int(str(caught.value).split("training.tokens=")[1].split("`")[0])
+    splits = read(config(path=str(folder)), tokenizer, blocks=fit // BLOCK)
+    assert splits.train.num_rows == fit // BLOCK
+    with pytest.raises(DataError, match=r"training\.tokens"):
+        read(config(path=str(folder)), tokenizer, blocks=fit // BLOCK + 1)
+
+
+def test_too_little_for_evaluation_names_what_there_is(folder: Path, tokenizer: Any) -> None:
+    with pytest.raises(DataError, match=r"data.test_documents=64 .* and 60 are left"):
+        read(config(path=str(folder), test_documents=64), tokenizer)
+    with pytest.raises(DataError, match=r"block_size=4096 tokens, and 0 are left"):
+        read(config(path=str(folder), block_size=4096), tokenizer)
+
+
+def test_too_few_start_texts(folder: Path, tokenizer: Any) -> None:
+    with pytest.raises(DataError, match=r"at least 3000 tokens, and 0 are there.*method\.init"):
+        read(config(path=str(folder)), tokenizer, length=3000)
+
+
+def test_tokenizer_without_an_end_token(folder: Path) -> None:
+    with pytest.raises(DataError, match="eos_token"):
+        read(config(path=str(folder)), make_tokenizer(eos=False))
+
+
+# Files
+
+
+def test_glob_hidden_files_and_bytes_that_are_no_text(tmp_path: Path, tokenizer: Any) -> None:
+    write_folder(tmp_path / "in" / "here")
+    (tmp_path / "in" / ".git").mkdir()
+    (tmp_path / "in" / ".git" / "config").write_text("[core]\n" * 30)
+    (tmp_path / "in" / "picture.png").write_bytes(b"\x89PNG\xff\xfe" * 30)
+    (tmp_path / "in" / "here" / "other.md").write_text(page("md"))
+    everything = config(path=str(tmp_path / "in" / "here"))
+    assert read(everything, tokenizer).facts["files"] == 61
+    with pytest.raises(DataError, match="1 not UTF-8") as caught:
+        read(config(path=str(tmp_path / "in")), tokenizer, blocks=10**6)
+    assert ".git" not in str(caught.value)
+    deep = read(config(path=str(tmp_path / "in" / "here" / "**" / "*.txt")), tokenizer)
+    assert deep.facts["files"] == 60
+    assert {document.group[0] for document in deep.test} == {"g"}
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("nowhere", "matches no file"), ("empty", "holds no file"), ("*.nothing", "matches no file")],
+)
+def test_missing_files(tmp_path: Path, tokenizer: Any, name: str, message: str) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match=message) as caught:
+        read(config(path=str(tmp_path / name)), tokenizer)
+    assert str(tmp_path / name) in str(caught.value)
+    assert "a folder, a file or a glob" in str(caught.value)
+
+
+# JSON lines
+
+
+def repository_rows(number: int = 60) -> list[dict[str, Any]]:
+    return [{"text": page(i), "repo": f"r{i % 30}", "size": i} for i in range(number)]
+
+
+def test_jsonl_plain_and_gzipped_are_the_same_documents(tmp_path: Path, tokenizer: Any) -> None:
+    plain = write_jsonl(tmp_path / "a.jsonl", repository_rows())
+    packed = tmp_path / "z" / "a.jsonl.gz"
+    packed.parent.mkdir()
+    packed.write_bytes(gzip.compress(plain.read_bytes()))
+    of_plain, of_packed = (
+        read(config(source="jsonl", path=str(path), group_field="repo"), tokenizer)
+        for path in (plain, packed)
+    )
+    assert of_plain.train["input_ids"][:] == of_packed.train["input_ids"][:]
+    assert [d.input_ids for d in of_plain.test] == [d.input_ids for d in of_packed.test]
+    assert of_plain.test[0].name.startswith("a.jsonl:")
+    line = int(of_plain.test[0].name.split(":")[1])
+    assert of_plain.test[0].group == repository_rows()[line - 1]["repo"]
+    groups = [{d.group for d in split} for split in (of_plain.validation, of_plain.test)]
+    assert not groups[0] & groups[1]
+
+
+def test_jsonl_without_group_field_takes_the_line_as_its_group(
+    tmp_path: Path, tokenizer: Any
+) -> None:
+    write_jsonl(tmp_path / "a.jsonl", repository_rows()[:30])
+    write_jsonl(
+        tmp_path / "b.jsonl",
+        [*repository_rows()[30:], {"text": None}, {"text": "half \ud800 pair"}],
+    )
+    splits = read(config(source="jsonl", path=str(tmp_path / "*.jsonl")), tokenizer)
+    assert all(document.group == document.name for document in splits.test)
+    assert splits.facts["skipped"] == {"empty": 1, "not UTF-8": 1}
+    assert splits.facts["files"] == 2
+
+
+def test_a_shuffle_buffer_smaller_than_the_stream_loses_nothing(
+    tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rows, "SHUFFLE_BUFFER", 7)
+    path = write_jsonl(tmp_path / "a.jsonl", repository_rows())
+    with pytest.raises(DataError, match=r"Training asks"):
+        read(config(source="jsonl", path=str(path)), tokenizer, blocks=10**6)
+    texts = [Text("g", str(number), "t") for number in range(60)]
+    shuffled = [text.name for text in rows._buffer_shuffled(iter(texts), seed=1)]
+    assert sorted(map(int, shuffled)) == list(range(60))
+    assert shuffled != [text.name for text in texts]
+
+
+@pytest.mark.parametrize(
+    ("line", "fields", "message"),
+    [
+        (b'{"text": "x"', {}, r"bad\.jsonl, line 2: Expecting"),
+        (b'{"text": "\xff\xfe"}', {}, r"bad\.jsonl, line 2: .*utf-8"),
+        (b'["text"]', {}, r"bad\.jsonl:2: a row is a JSON object"),
+        (b'{"body": "x", "size": 1}', {}, r"text_field=text.*Its fields: body, size"),
+        (b'{"text": 7}', {}, r"text_field=text must name a field of text.* int"),
+        (b'{"text": "x"}', {"group_field": "repo"}, r"group_field=repo.*Its fields: text"),
+    ],
+)
+def test_bad_json_lines(
+    tmp_path: Path, tokenizer: Any, line: bytes, fields: dict[str, Any], message: str
+) -> None:
+    path = tmp_path / "bad.jsonl"
+    path.write_bytes(b'{"text": "first", "repo": "r"}\n' + line + b"\n")
+    with pytest.raises(DataError, match=message) as caught:
+        read(config(source="jsonl", path=str(path), **fields), tokenizer)
+    assert caught.value.__cause__ is None
+
+
+def test_torn_gzip_and_a_folder_for_jsonl(tmp_path: Path, tokenizer: Any) -> None:
+    torn = tmp_path / "torn.jsonl.gz"
+    torn.write_bytes(gzip.compress(json.dumps(repository_rows()[0]).encode())[:-12])
+    with pytest.raises(DataError, match=r"torn\.jsonl\.gz, line 1"):
+        read(config(source="jsonl", path=str(torn)), tokenizer)
+    with pytest.raises(DataError, match=r"is a folder; its files are `data\.path='.*/\*\.jsonl'`"):
+        read(config(source="jsonl", path=str(tmp_path)), tokenizer)
+
+
+# The standard library
+
+
+def test_stdlib_is_a_fixed_list_without_tests(tokenizer: Any) -> None:
+    packages = ("json", "email", "unittest", "ctypes", "html", "textwrap", "http", "logging")
+    splits = read(
+        config(source="stdlib", packages=packages, test_documents=4, validation_documents=2),
+        tokenizer,
+        blocks=3,
+        starts=2,
+    )
+    assert splits.facts["packages"] == sorted(packages)
+    assert splits.facts["packages_missing"] == []
+    names = [d.name for d in splits.test + splits.validation] + splits.facts["start_texts"]
+    assert {name.split("/")[0].removesuffix(".py") for name in names} <= set(packages)
+    assert not any("test/" in name or "tests/" in name for name in names)
+    assert not {"test", "idlelib", "encodings", "pydoc_data", "lib2to3"} & set(STDLIB)
+    with pytest.raises(DataError, match=r"Unknown: jsn, test.*Valid: "):
+        read(config(source="stdlib", packages=("jsn", "json", "test")), tokenizer)
+
+
+def test_stdlib_notes_what_is_missing(
+    tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in STDLIB[:40]:
+        (tmp_path / f"{name}.py").write_text(page(name))
+    (tmp_path / "pathlib").mkdir()
+    (tmp_path / "pathlib" / "__init__.py").write_text(page("pathlib"))
+    (tmp_path / "site-packages").mkdir()
+    (tmp_path / "site-packages" / "stray.py").write_text(page("stray"))
+    monkeypatch.setattr(files.sysconfig, "get_path", lambda name: str(tmp_path))
+    facts = read(config(source="stdlib"), tokenizer).facts
+    assert facts["packages"] == sorted([*STDLIB[:40], "pathlib"])
+    assert facts["packages_missing"] == sorted(set(STDLIB[40:]) - {"pathlib"})
+
+
+# The Hub
+
+
+class FakeHub:
+    """Stands in for the two calls that reach the Hub."""
+
+    def __init__(self, contents: list[dict[str, Any]]) -> None:
+        self.contents = contents
+        self.asked: dict[str, Any] = {}
+
+    def dataset_info(self, path: str, revision: str | None = None) -> Any:
+        return types.SimpleNamespace(sha="c0ffee")
+
+    def load_dataset(self, path: str, name: str | None, **options: Any) -> Any:
+        self.asked = {"path": path, "name": name, **options}
+        return datasets.Dataset.from_list(self.contents).to_iterable_dataset(num_shards=3)
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> FakeHub:
+    fake = FakeHub(repository_rows())
+    monkeypatch.setattr(rows, "HfApi", lambda: fake)
+    monkeypatch.setattr(rows.datasets, "load_dataset", fake.load_dataset)
+    return fake
+
+
+def test_hub_streams_one_commit(hub: FakeHub, tokenizer: Any) -> None:
+    data = config(source="hub", path="some/set", subset="python", group_field="repo")
+    splits = read(data, tokenizer)
+    assert hub.asked == {
+        "path": "some/set",
+        "name": "python",
+        "split": "train",
+        "revision": "c0ffee",
+        "streaming": True,
+    }
+    assert splits.facts["revision"] == "c0ffee"
+    assert len(splits.test) == 6
+    assert {document.group for document in splits.test} <= {f"r{i}" for i in range(30)}
+    assert splits.test == read(data, tokenizer).test
+    assert splits.test != read(data.model_copy(update={"seed": 1}), tokenizer).test
+
+
+def test_hub_names_the_fields_it_found(hub: FakeHub, tokenizer: Any) -> None:
+    with pytest.raises(DataError, match=r"text_field=content: some/set.* fields: text, repo, size"):
+        read(config(source="hub", path="some/set", text_field="content"), tokenizer)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ConnectionError("Couldn't reach the Hub"),
+        datasets.exceptions.DatasetNotFoundError("'some/set' is a gated dataset\nlong trace"),
+        ValueError("Bad split: train. Available splits: ['test']"),
+        errors.OfflineModeIsEnabled("offline mode is enabled"),
+        OSError("404 Client Error. (Request ID: 7)\n\nRepository Not Found for url: x"),
+    ],
+)
+def test_hub_errors_are_one_message(
+    hub: FakeHub, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(rows.datasets, "load_dataset", fail)
+    with pytest.raises(DataError, match=r"data\.path=some/set") as caught:
+        read(config(source="hub", path="some/set"), tokenizer)
+    reason = next(line for line in str(error).split("\n") if line and "404" not in line)
+    assert reason in str(caught.value)
+    assert "long trace" not in str(caught.value)
+    assert "404" not in str(caught.value)
+    assert caught.value.__suppress_context__
+
+
+def test_hub_does_not_read_a_local_folder(
+    tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "some").mkdir()
+    with pytest.raises(DataError, match=r"is here on disk.*data\.source=files"):
+        read(config(source="hub", path="some"), tokenizer)

@@ -1,0 +1,386 @@
+"""A family on disk and back, its members, and the backbone it belongs to."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+import recycle
+from recycle.parscale import FamilyError, available_p, get_p, set_p
+from recycle.parscale.family import Family, load, member_state, save_family
+from recycle.parscale.fingerprint import fingerprint
+from tests.adapters import logits, scramble, stream_config, stream_model, token_ids
+from tests.tiny import save_tiny, tiny_model
+
+IDS = token_ids(2, 9)
+
+
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory):
+    return save_tiny(tmp_path_factory.mktemp("backbone") / "llama", "llama")
+
+
+def make(backbone, folder, nested=True, seed=3):
+    """Write a family of P = 2, 4 with a control; return the logits of each member."""
+    model = AutoModelForCausalLM.from_pretrained(backbone, dtype=torch.float32)
+    if nested:
+        model = stream_model(model, adapter_name="nested")
+    else:
+        model = stream_model(model, heads=(2,), adapter_name="p2")
+        model.add_adapter("p4", stream_config((4,), num_virtual_tokens=3))
+    model.add_adapter("control", stream_config((1,)))
+    scramble(model, seed)
+    model.eval()
+    expected = {}
+    for p in (1, 2, 4):
+        set_p(model, p)
+        expected[p] = logits(model, IDS)
+    model.set_adapter("control")
+    expected["control"] = logits(model, IDS)
+    folder.mkdir(parents=True)
+    save_family(model, folder, fingerprint(backbone))
+    return expected
+
+
+@pytest.fixture(scope="module", params=["nested", "independent"])
+def family(request, backbone, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("family") / "run"
+    return folder, make(backbone, folder, nested=request.param == "nested")
+
+
+@pytest.fixture(scope="module")
+def nested(backbone, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("nested") / "run"
+    return folder, make(backbone, folder)
+
+
+@pytest.fixture
+def broken(nested, tmp_path):
+    """A copy of a run folder to damage."""
+    return shutil.copytree(nested[0], tmp_path / "run")
+
+
+def test_a_loaded_family_gives_identical_logits_for_every_p(family):
+    folder, expected = family
+    model = load(folder, dtype=torch.float32)
+    assert not model.training
+    assert available_p(model) == [1, 2, 4]
+    assert get_p(model) == 4
+    for p in (4, 2, 1, 4):
+        set_p(model, p)
+        assert torch.equal(logits(model, IDS), expected[p])
+    model.set_adapter("control")
+    assert torch.equal(logits(model, IDS), expected["control"])
+    with pytest.raises(FamilyError, match="'control' is active"):
+        get_p(model)
+    assert not any(parameter.requires_grad for parameter in member_parameters(model, "control", 4))
+
+
+def member_parameters(model, *names):
+    set_p(model, names[-1])
+    return list(model.parameters())
+
+
+@pytest.mark.parametrize("p", [1, 2, 4])
+def test_load_starts_with_the_p_that_was_asked_for(family, p):
+    folder, expected = family
+    model = load(str(folder), p=p, dtype=torch.float32)
+    assert get_p(model) == p
+    assert torch.equal(logits(model, IDS), expected[p])
+
+
+@pytest.mark.parametrize("p", [2, 4])
+def test_each_member_is_a_plain_adapter(family, p):
+    folder, expected = family
+    loaded = [
+        load(folder / f"p{p}", dtype=torch.float32),
+        AutoPeftModelForCausalLM.from_pretrained(folder / f"p{p}", dtype=torch.float32),
+        PeftModel.from_pretrained(tiny_model("llama"), folder / f"p{p}"),
+    ]
+    for model in loaded:
+        assert torch.equal(logits(model, IDS), expected[p])
+        assert available_p(model) == [1, p]
+    files = {file.name for file in (folder / f"p{p}").iterdir()}
+    assert files == {"adapter_config.json", "adapter_model.safetensors"}
+
+
+def test_the_control_alone(family):
+    folder, expected = family
+    model = load(folder / "control", dtype=torch.float32)
+    assert available_p(model) == [1]
+    assert torch.equal(logits(model, IDS), expected[1])
+    model.set_adapter("default")
+    assert torch.equal(logits(model, IDS), expected["control"])
+    with pytest.raises(FamilyError, match="offers P = 1, got p=2"):
+        load(folder / "control", p=2)
+
+
+@pytest.mark.parametrize("model_type", ["qwen2", "gpt2"])
+def test_nested_p_2_is_an_adapter_of_the_first_two_streams(model_type):
+    model = stream_model(model_type, heads=(2, 4))
+    small = stream_model(model_type, heads=(2,))
+    state = member_state(model, "default", 2)
+    with torch.no_grad():
+        for name, parameter in small.named_parameters():
+            if "parscale_" in name:
+                parameter.copy_(state[name.replace(".default", "")])
+    set_p(model, 2)
+    assert torch.equal(logits(model, IDS), logits(small, IDS))
+    options = {"max_new_tokens": 8, "do_sample": False}
+    assert torch.equal(model.generate(IDS, **options), small.generate(IDS, **options))
+
+
+def test_nested_files_hold_the_same_streams(nested):
+    small, large = (
+        load_file(nested[0] / name / "adapter_model.safetensors") for name in ("p2", "p4")
+    )
+    prefixes = [name for name in small if "aggregator" not in name]
+    assert len(prefixes) == 4
+    for name in prefixes:
+        assert torch.equal(small[name], large[name][:2])
+        assert small[name].dtype == torch.float32
+
+
+def test_family_file(family, backbone):
+    folder, _ = family
+    content = json.loads((folder / "family.json").read_text())
+    assert content.pop("sha256").keys() == {
+        f"{name}/adapter_model.safetensors" for name in ("p2", "p4", "control")
+    }
+    assert content == {
+        "version": 1,
+        "streams": [2, 4],
+        "nested": content["nested"],
+        "control": True,
+        "backbone": str(backbone),
+        "revision": None,
+        "backbone_trained": False,
+    }
+    config = json.loads((folder / "p2" / "adapter_config.json").read_text())
+    assert config["num_streams"] == 2
+    assert config["heads"] == [2]
+    assert config["base_model_name_or_path"] == str(backbone)
+    assert config["fingerprint"] == fingerprint(backbone).to_dict()
+
+
+def test_options_go_to_the_backbone(nested):
+    model = load(nested[0], dtype=torch.bfloat16, attn_implementation="eager", device_map="cpu")
+    assert model.dtype == torch.bfloat16
+    assert model.config._attn_implementation == "eager"
+    assert {p.dtype for name, p in model.named_parameters() if "parscale_" in name} == {
+        torch.float32
+    }
+    close = (logits(model, IDS).float() - nested[1][4]).abs()
+    assert close.mean() < 0.1
+    assert model.generate(IDS, max_new_tokens=3).shape == (2, 12)
+
+
+# --- which backbone ---------------------------------------------------------------------------
+
+
+def test_a_copy_of_the_backbone_is_the_same(nested, backbone, tmp_path):
+    copy = shutil.copytree(backbone, tmp_path / "copy")
+    model = load(nested[0], backbone=copy, dtype=torch.float32)
+    assert torch.equal(logits(model, IDS), nested[1][4])
+
+
+def test_another_backbone_is_refused_with_both_names(nested, backbone, tmp_path):
+    other = save_tiny(tmp_path / "other", "llama", seed=1)
+    with pytest.raises(FamilyError) as error:
+        load(nested[0], backbone=other)
+    assert str(backbone) in str(error.value)
+    assert str(other) in str(error.value)
+    assert "values" in str(error.value)
+
+
+def test_a_backbone_that_has_gone_is_named(broken, backbone, tmp_path):
+    where = tmp_path / "gone" / "away" / "model"
+    for path in broken.glob("*/adapter_config.json"):
+        config = json.loads(path.read_text())
+        config["base_model_name_or_path"] = config["fingerprint"]["id"] = str(where)
+        path.write_text(json.dumps(config))
+    content = json.loads((broken / "family.json").read_text())
+    (broken / "family.json").write_text(json.dumps(content | {"backbone": str(where)}))
+    with pytest.raises(FamilyError, match=rf"no such folder: '{where}'.*backbone=\.\.\."):
+        load(broken)
+    load(broken, backbone=backbone)
+
+
+def test_a_trained_backbone_offers_no_p_1(broken):
+    content = json.loads((broken / "family.json").read_text())
+    (broken / "family.json").write_text(json.dumps(content | {"backbone_trained": True}))
+    for name in ("p2", "p4"):
+        path = broken / name / "adapter_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"backbone_trained": True}))
+    with pytest.raises(FamilyError, match="offers P = 2, 4, got p=1"):
+        load(broken, p=1)
+    model = load(broken)
+    assert available_p(model) == [2, 4]
+    with pytest.raises(FamilyError, match="offers P = 2, 4, got p=1"):
+        set_p(model, 1)
+
+
+# --- what is torn -----------------------------------------------------------------------------
+
+
+def damage(name):
+    def decorate(function):
+        DAMAGES[name] = function
+        return function
+
+    return decorate
+
+
+DAMAGES = {}
+
+
+@damage("family.json is torn")
+def _(folder, backbone):
+    path = folder / "family.json"
+    path.write_text(path.read_text()[:60])
+    return "family.json is torn or no family file"
+
+
+@damage("family.json is of another kind")
+def _(folder, backbone):
+    (folder / "family.json").write_text("[1, 2]")
+    return "family.json is torn or no family file"
+
+
+@damage("family.json is no text")
+def _(folder, backbone):
+    (folder / "family.json").write_bytes(b"\xff\xfe\x00")
+    return "family.json is torn or no family file"
+
+
+@damage("family.json lacks a key")
+def _(folder, backbone):
+    (folder / "family.json").write_text('{"version": 1, "streams": [2, 4]}')
+    return "family.json is torn or no family file.*nested"
+
+
+@damage("family.json is of a later version")
+def _(folder, backbone):
+    (folder / "family.json").write_text('{"version": 2}')
+    return "has version 2, this recycle reads version 1"
+
+
+@damage("weights are truncated")
+def _(folder, backbone):
+    path = folder / "p4" / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    return "p4/adapter_model.safetensors is not the file that family.json records"
+
+
+@damage("weights are another run's")
+def _(folder, backbone):
+    make(backbone, folder.parent / "other", seed=9)
+    shutil.copy(folder.parent / "other" / "p2" / "adapter_model.safetensors", folder / "p2")
+    return "p2/adapter_model.safetensors is not the file .* comes from another run"
+
+
+@damage("weights are missing")
+def _(folder, backbone):
+    (folder / "control" / "adapter_model.safetensors").unlink()
+    return "control/adapter_model.safetensors is missing"
+
+
+@damage("a member is missing")
+def _(folder, backbone):
+    shutil.rmtree(folder / "p2")
+    return "p2/adapter_config.json cannot be read"
+
+
+@damage("a config is torn")
+def _(folder, backbone):
+    path = folder / "p4" / "adapter_config.json"
+    path.write_text(path.read_text()[:100])
+    return "p4/adapter_config.json cannot be read"
+
+
+@damage("a config is of another kind")
+def _(folder, backbone):
+    (folder / "p4" / "adapter_config.json").write_text("[]")
+    return "p4/adapter_config.json cannot be read"
+
+
+@damage("a config has a wrong value")
+def _(folder, backbone):
+    path = folder / "p4" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"smoothing": 3}))
+    return r"p4/adapter_config.json cannot be read.*\[0, 1\), got 3"
+
+
+@damage("a config does not fit its weights")
+def _(folder, backbone):
+    path = folder / "p4" / "adapter_config.json"
+    config = json.loads(path.read_text()) | {"num_virtual_tokens": 5, "start_token_ids": None}
+    path.write_text(json.dumps(config))
+    return "adapter 'nested' do not fit its config; 4 tensors differ, first .*keys"
+
+
+def change_weights(folder, change):
+    path = folder / "adapter_model.safetensors"
+    state = load_file(path)
+    change(state)
+    save_file(state, path)
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_a_damaged_folder_is_refused(broken, backbone, kind):
+    message = DAMAGES[kind](broken, backbone)
+    with pytest.raises(FamilyError, match=message):
+        load(broken)
+
+
+def test_a_damaged_adapter_alone_is_refused(broken):
+    def poison(state):
+        next(tensor for name, tensor in state.items() if "layers.1" in name)[0, 0, 0, 0] = torch.nan
+
+    change_weights(broken / "p2", poison)
+    with pytest.raises(FamilyError, match=r"tensor .*layers\.1\..* not finite"):
+        load(broken / "p2")
+    change_weights(broken / "p4", lambda state: state.pop(next(iter(state))))
+    with pytest.raises(FamilyError, match="1 tensors differ"):
+        load(broken / "p4")
+    path = broken / "control" / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:50])
+    with pytest.raises(FamilyError, match="is torn"):
+        load(broken / "control")
+
+
+def test_what_is_no_family_is_refused(tmp_path, backbone):
+    with pytest.raises(
+        FamilyError, match=r"holds neither family\.json .* nor adapter_config\.json"
+    ):
+        load(tmp_path)
+    with pytest.raises(FamilyError, match="'no/such-run' is no folder here"):
+        load("no/such-run")
+    with pytest.raises(FamilyError, match="is no folder here"):
+        load(tmp_path / "no" / "such" / "folder")
+    lora = get_peft_model(tiny_model("llama"), LoraConfig(target_modules=["q_proj"]))
+    lora.save_pretrained(tmp_path / "lora")
+    with pytest.raises(FamilyError, match="is a LORA adapter; recycle loads ParScale"):
+        load(tmp_path / "lora")
+    for function in (available_p, get_p, lambda model: set_p(model, 2)):
+        if function is not available_p:
+            with pytest.raises(FamilyError, match="has no ParScale adapter"):
+                function(lora)
+
+
+def test_a_p_outside_the_family_is_refused_before_anything_is_loaded(nested):
+    with pytest.raises(FamilyError, match="offers P = 1, 2, 4, got p=8"):
+        load(nested[0], p=8, backbone="/nowhere/at/all")
+
+
+def test_the_public_names_are_the_same(nested):
+    assert recycle.load is load
+    model = recycle.load(nested[0], p=2)
+    assert recycle.get_p(model) == 2
+    recycle.set_p(model, 4)
+    assert recycle.available_p(model) == [1, 2, 4]
+    assert Family.read(nested[0]).nested

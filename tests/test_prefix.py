@@ -1,0 +1,124 @@
+"""Learned keys and values in front of the text's, against a plain computation of attention."""
+
+import pytest
+import torch
+from torch import nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from recycle.parscale.prefix import (
+    PREFIX_CHILD,
+    ActiveStreams,
+    StreamPrefix,
+    attend,
+    forward_state,
+)
+
+B, P, H, N, S, D = 2, 3, 2, 4, 5, 8
+GROUPS = 2  # query heads of each key-value head
+
+
+class Attention(nn.Module):
+    num_key_value_groups = GROUPS
+    is_causal = True
+
+
+@pytest.fixture
+def module():
+    module = Attention()
+    prefix = StreamPrefix()
+    prefix.add("default", [H, D, D], 4, N, torch.device("cpu"))
+    with torch.no_grad():
+        for parameter in prefix.parameters():
+            parameter.normal_()
+    module.add_module(PREFIX_CHILD, prefix)
+    return module
+
+
+@pytest.fixture
+def active():
+    forward_state.streams = ActiveStreams("default", P, (P,))
+    yield
+    forward_state.streams = None
+
+
+def by_hand(module, query, key, value):
+    """Causal attention of each row over its stream's prefix and the text."""
+    prefix = getattr(module, PREFIX_CHILD)
+    output = torch.empty(B * P, S, H * GROUPS, D)
+    for row in range(B * P):
+        for head in range(H * GROUPS):
+            k = torch.cat(
+                [prefix.parscale_keys["default"][row % P, head // GROUPS], key[row, head // GROUPS]]
+            )
+            v = torch.cat(
+                [
+                    prefix.parscale_values["default"][row % P, head // GROUPS],
+                    value[row, head // GROUPS],
+                ]
+            )
+            for position in range(S):
+                seen = N + position + 1
+                weights = torch.softmax(k[:seen] @ query[row, head, position] / D**0.5, dim=0)
+                output[row, position, head] = weights @ v[:seen]
+    return output
+
+
+@pytest.mark.parametrize("mask", ["none", "bool", "additive", "broadcast"])
+def test_every_query_sees_the_whole_prefix_of_its_stream(module, active, mask):
+    query = torch.randn(B * P, H * GROUPS, S, D)
+    key, value = torch.randn(2, B * P, H, S, D)
+    causal = torch.ones(S, S, dtype=torch.bool).tril()
+    masks = {
+        "none": None,
+        "bool": causal.expand(B * P, 1, S, S),
+        "additive": torch.zeros(B * P, 1, S, S).masked_fill(~causal, -1e9),
+        "broadcast": causal[None, None],
+    }
+    with torch.no_grad():
+        output, _ = attend(sdpa_attention_forward, "sdpa", module, query, key, value, masks[mask])
+        expected = by_hand(module, query, key, value)
+    torch.testing.assert_close(output, expected, atol=1e-5, rtol=0)
+
+
+def test_without_streams_or_prefix_the_function_is_called_as_it_is(module):
+    inputs = tuple(torch.randn(1, H, S, D) for _ in range(3))
+    calls = []
+
+    def attention(*args, **kwargs):
+        calls.append((args, kwargs))
+        return inputs[0], None
+
+    attend(attention, "sdpa", module, *inputs, None, dropout=0.5)
+    forward_state.streams = ActiveStreams("default", P, (P,))
+    try:
+        attend(attention, "sdpa", Attention(), *inputs, None, dropout=0.5)
+    finally:
+        forward_state.streams = None
+    for args, kwargs in calls:
+        assert all(a is b for a, b in zip(args[1:4], inputs, strict=True))
+        assert kwargs == {"dropout": 0.5}
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_prefix_takes_the_dtype_of_the_text(module, dtype):
+    key = torch.zeros(B * P, H, S, D, dtype=dtype)
+    keys, values = getattr(module, PREFIX_CHILD).prepend(
+        ActiveStreams("default", P, (P,)), key, key
+    )
+    assert keys.dtype == values.dtype == dtype
+    assert keys.shape == (B * P, H, N + S, D)
+    for row in range(B * P):
+        start = getattr(module, PREFIX_CHILD).parscale_keys["default"][row % P]
+        assert torch.equal(keys[row, :, :N], start.to(dtype))
+        assert keys[row, :, N:].count_nonzero() == 0
+
+
+def test_keys_and_values_may_have_other_sizes():
+    prefix = StreamPrefix()
+    prefix.add("default", [H, 6, 10], P, N, torch.device("cpu"))
+    keys, values = prefix.prepend(
+        ActiveStreams("default", 2, (2,)), torch.zeros(4, H, S, 6), torch.zeros(4, H, S, 10)
+    )
+    assert keys.shape == (4, H, N + S, 6)
+    assert values.shape == (4, H, N + S, 10)
