@@ -23,7 +23,7 @@ from transformers.utils import logging
 from tests.tiny import save_tiny
 
 # Tiny models gain nothing from more threads, and parallel test processes would fight over cores.
-torch.set_num_threads(min(2, os.cpu_count() or 1))
+torch.set_num_threads(1)
 logging.disable_progress_bar()
 
 

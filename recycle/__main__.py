@@ -1,0 +1,5 @@
+"""python -m recycle."""
+
+from .cli import main
+
+main()

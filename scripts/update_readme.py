@@ -1,0 +1,105 @@
+"""Write the measured tables into README.md from the JSON files that the repository keeps.
+
+python scripts/update_readme.py                          # from scripts/measured/
+python scripts/update_readme.py --demo runs/demo/results.json --bench bench.json    # keep new ones
+first python scripts/update_readme.py --check                  # fail if README.md is stale
+"""
+
+import argparse
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from recycle import results  # noqa: E402
+
+MEASURED = ROOT / "scripts" / "measured"
+DEMO = MEASURED / "demo-cpu.json"
+BENCH = MEASURED / "bench-overhead-cpu.json"
+
+
+def markdown(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
+    """A Markdown table."""
+    lines = [header, ("---",) * len(header), *rows]
+    return ["| " + " | ".join(cells) + " |" for cells in lines]
+
+
+def demo_section() -> str:
+    """The demo's table, with what it was measured on."""
+    record = results.read(DEMO)
+    hardware = record.hardware
+    seconds = sum(record.wall_seconds.model_dump().values())
+    return "\n".join(
+        [
+            *markdown(results.COLUMNS, results.table(record)),
+            "",
+            f"`{record.command}`: {record.training[0].tokens:,} tokens, {len(record.documents)} "
+            f"held-out "
+            f"documents, nats per token, in {seconds / 60:.0f} minutes on {hardware.cores} cores "
+            f"({hardware.cpu}, {record.backbone.dtype}), {record.date:%Y-%m-%d}. The backbone "
+            f"is dequantised from 4 bits "
+            "and has likely read this data before: [what that means](#what-it-does-not-do).",
+        ]
+    )
+
+
+def bench_section() -> str:
+    """The overhead over the work that cannot be avoided."""
+    record = json.loads(BENCH.read_text())
+    header = ("P", "training", "prefill", "decode")
+    rows = [
+        (row["p"], *(f"{row[phase]:.2f}" for phase in ("training", "prefill", "decode")))
+        for row in record["rows"]
+    ]
+    return "\n".join(
+        [
+            "Time of our step as a ratio to the bare backbone's at batch P·B, the work that "
+            "cannot be avoided "
+            "(aim: 1.15, 1.15, 1.25):",
+            "",
+            *markdown(header, [tuple(map(str, row)) for row in rows]),
+            "",
+            f"`{record['command']}`, {record['date'][:10]}, {record['hardware']}.",
+        ]
+    )
+
+
+def updated(text: str) -> str:
+    """README.md with its measured sections made anew."""
+    for name, section in (("demo", demo_section()), ("bench", bench_section())):
+        opening = f"<!-- {name}: made by scripts/update_readme.py -->"
+        closing = f"<!-- /{name} -->"
+        pattern = re.escape(opening) + ".*?" + re.escape(closing)
+        text = re.sub(
+            pattern, lambda _, s=section, o=opening, c=closing: f"{o}\n{s}\n{c}", text, flags=re.S
+        )
+    return text
+
+
+def main() -> None:
+    """Update or check README.md."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--demo", type=Path, help="results.json of a demo run, to keep")
+    parser.add_argument("--bench", type=Path, help="JSON of scripts/bench_overhead.py, to keep")
+    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if stale")
+    arguments = parser.parse_args()
+    MEASURED.mkdir(exist_ok=True)
+    for new, kept in ((arguments.demo, DEMO), (arguments.bench, BENCH)):
+        if new is not None:
+            shutil.copyfile(new, kept)
+    readme = ROOT / "README.md"
+    before = readme.read_text()
+    after = updated(before)
+    if arguments.check and after != before:
+        sys.exit("README.md is stale. Run python scripts/update_readme.py")
+    readme.write_text(after)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,381 @@
+"""The `recycle` command: what it prints, and what the user can mend in one message, status 2."""
+
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from recycle import cli, results
+from recycle.parscale.folder import FAMILY_FILE
+from tests.runs import assert_refused, contents, environment, write_recipe
+from tests.runs import recycle as run_command
+
+GOLDEN = Path(__file__).parent / "golden" / "qwen2-p2"
+
+
+Recycle = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def recycle(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Recycle:
+    """The command in this process, where libraries are imported already."""
+
+    def command(*arguments: object) -> subprocess.CompletedProcess[str]:
+        monkeypatch.setattr(sys, "argv", ["recycle", *map(str, arguments)])
+        capsys.readouterr()
+        status = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            status = int(stop.code or 0)
+        printed = capsys.readouterr()
+        return subprocess.CompletedProcess(sys.argv, status, printed.out, printed.err)
+
+    return command
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Path:
+    """A folder with `tiny.yaml` and its finished run `runs/tiny`, made by the command."""
+    folder = tmp_path_factory.mktemp("home")
+    write_recipe(folder, tiny_folder)
+    done = run_command("run", "tiny.yaml", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""  # no bars and warnings of libraries
+    (folder / "run.out").write_text(done.stdout)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _in_home(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(home)
+
+
+# ---- what it prints
+
+
+def test_run(home: Path) -> None:
+    printed = (home / "run.out").read_text()
+    record = results.read(home / "runs/tiny/results.json")
+    assert "Recipe: recipe file tiny.yaml" in printed
+    assert "for training on 1,024 tokens and the comparison" in printed
+    assert printed.index("Expected: ") < printed.index("nested: 0 tokens, validation loss P = 2")
+    assert "control: 1,024 tokens, validation loss control" in printed
+    rows = printed[printed.index("± se") :].splitlines()
+    for model in record.models:
+        (row,) = (row for row in rows if row.startswith(f"{model.name} "))
+        assert f"{model.loss:.4f}" in row
+        assert f"{model.kv_bytes_per_token:,}" in row
+    assert "Report: runs/tiny/report.md" in printed
+    assert record.command == "recycle run tiny.yaml"
+
+
+def test_run_again(recycle: Recycle, home: Path) -> None:
+    before = contents(home / "runs")
+    done = recycle("run", "tiny.yaml")
+    assert done.returncode == 0
+    assert "runs/tiny is finished; its results:" in done.stdout
+    assert contents(home / "runs") == before
+
+
+def test_show(recycle: Recycle) -> None:
+    done = recycle("show", "tiny.yaml", "training.tokens=2k", "streams=2,8")
+    assert done.returncode == 0
+    lines = done.stdout.splitlines()
+    assert lines[0] == "# recipe file tiny.yaml"
+    (tokens,) = (line for line in lines if line.startswith("  tokens:"))
+    assert tokens.split("#") == [tokens.split("#")[0], " command line"]
+    assert "tokens: 2000" in tokens
+    assert any(line.startswith("streams: [2, 8]") for line in lines)
+    assert any("smoothing: 0.1" in line and line.endswith("# default") for line in lines)
+
+
+def test_eval_gives_the_same_losses(recycle: Recycle, home: Path, tmp_path: Path) -> None:
+    before = contents(home / "runs")
+    out = tmp_path / "again.json"
+    done = recycle("eval", "runs/tiny", "--out", out)
+    assert done.returncode == 0, done.stderr
+    old, new = results.read(home / "runs/tiny/results.json"), results.read(out)
+    for model, same in zip(new.models, old.models, strict=True):
+        assert model.name == same.name
+        assert list(model.losses) == pytest.approx(list(same.losses), abs=1e-6)
+    assert new.training == old.training
+    assert new.command == f"recycle eval runs/tiny --out {out}"
+    assert f"{new.models[-1].loss:.4f}" in done.stdout
+    assert contents(home / "runs") == before
+
+    written = out.read_bytes()
+    assert_refused(recycle("eval", "runs/tiny", "--out", out), f"{out} exists already")
+    assert out.read_bytes() == written
+
+
+def test_eval_of_other_data(recycle: Recycle, home: Path, tmp_path: Path) -> None:
+    out = tmp_path / "fewer.json"
+    done = recycle("eval", "runs/tiny", "data.test_documents=4", "--out", out)
+    assert done.returncode == 0, done.stderr
+    new = results.read(out)
+    assert len(new.documents) == 4
+    assert new.data.facts["documents_used"]["test"] == 4
+    assert new.recipe["data"]["test_documents"] == 4
+
+
+@pytest.mark.parametrize("p", [1, 2, 4])
+def test_generate(recycle: Recycle, p: int) -> None:
+    import recycle as package
+    from tests.tiny import tiny_tokenizer
+
+    done = recycle(
+        "generate", "runs/tiny", "--prompt", "def merge", "--p", p, "--max-new-tokens", 8
+    )
+    assert done.returncode == 0, done.stderr
+    model, tokenizer = package.load("runs/tiny", p=p), tiny_tokenizer()
+    inputs = tokenizer("def merge", return_tensors="pt")
+    tokens = model.generate(**inputs, max_new_tokens=8, do_sample=False)[0]
+    assert done.stdout == tokenizer.decode(tokens, skip_special_tokens=True) + "\n"
+
+
+def test_generate_by_default_with_the_most_streams(recycle: Recycle) -> None:
+    arguments = ("generate", "runs/tiny", "--prompt", "def merge", "--max-new-tokens", 12)
+    default, most, bare = (recycle(*arguments, *more) for more in ((), ("--p", 4), ("--p", 1)))
+    assert default.stdout == most.stdout != bare.stdout
+
+
+def test_generate_from_standard_input_in_a_chat(
+    recycle: Recycle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import io
+
+    monkeypatch.setattr(sys, "stdin", io.StringIO("the lazy dog"))
+    done = recycle("generate", "runs/tiny", "--prompt", "-", "--chat", "--max-new-tokens", 2)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("user: the lazy dog\nassistant: ")
+
+
+def test_import_and_generate(recycle: Recycle, tmp_path: Path) -> None:
+    import recycle as package
+    from tests.tiny import tiny_tokenizer
+
+    folder = tmp_path / "golden"
+    assert recycle("import", GOLDEN, "--out", folder).returncode == 0
+    arguments = ("generate", folder, "--prompt", "0123", "--max-new-tokens", 6)
+    assert_refused(recycle(*arguments), "has a tokenizer")
+
+    tokenizer = tiny_tokenizer()
+    tokenizer.save_pretrained(folder)
+    done = recycle(*arguments)
+    assert done.returncode == 0, done.stderr
+    model = package.load(folder, p=2)
+    inputs = tokenizer("0123", return_tensors="pt")
+    tokens = model.generate(**inputs, max_new_tokens=6, do_sample=False)[0]
+    assert done.stdout == tokenizer.decode(tokens, skip_special_tokens=True) + "\n"
+    # The checkpoint's backbone was trained with its streams, so it is no P = 1.
+    assert_refused(recycle(*arguments, "--p", 1), "offers P = 2, got p=1")
+
+
+# ---- what the user can mend
+
+
+def test_bad_recipes(recycle: Recycle, tmp_path: Path) -> None:
+    assert_refused(recycle("run", "nowhere.yaml"), "there is no file nowhere.yaml")
+    assert_refused(recycle("show", "demoo"), "did you mean demo?")
+    bad = tmp_path / "bad.yaml"
+    bad.write_text("name: bad\nstreams: [1, 2]\ntrainig:\n  tokens: many\n")
+    for command in ("run", "show"):
+        done = recycle(command, bad)
+        assert_refused(done, "bad.yaml:2", "trainig", "training", "bad.yaml:3")
+        assert done.stdout == ""
+
+
+def test_bad_overrides(recycle: Recycle) -> None:
+    done = recycle("run", "tiny.yaml", "training.tokns=1", "streams=1", "data.seed=x")
+    assert_refused(done, "training.tokens", "P = 1 is the backbone", "whole number")
+
+
+def test_unknown_models_and_data(recycle: Recycle, home: Path) -> None:
+    before = contents(home / "runs")
+    other = "output.dir=runs/other"
+    assert_refused(recycle("run", "tiny.yaml", other, "backbone.id=./nothing"), "nothing")
+    assert_refused(recycle("run", "tiny.yaml", other, "backbone.id=tiny/nothing"), "tiny/nothing")
+    assert_refused(recycle("run", "tiny.yaml", other, "data.path=nothing"), "data.path=nothing")
+    assert_refused(
+        recycle("run", "tiny.yaml", other, "training.tokens=20M"),
+        "asks for 20_000_000 tokens",
+        "training.tokens=",
+    )
+    assert contents(home / "runs") == before
+    assert not Path("runs/other").exists()
+
+
+def test_run_folders(recycle: Recycle, home: Path, tmp_path: Path) -> None:
+    before = contents(home)
+    assert_refused(recycle("run", "tiny.yaml", "streams=2"), "differs in streams;")
+    assert_refused(recycle("run", "tiny.yaml", "output.dir=texts"), "is no run folder")
+    assert_refused(recycle("run", "tiny.yaml", "output.dir=tiny.yaml/x"), "Cannot make the folder")
+    assert contents(home) == before
+
+
+def test_torn_results(recycle: Recycle, home: Path, tmp_path: Path) -> None:
+    shutil.copytree(home / "runs/tiny", tmp_path / "torn")
+    file = tmp_path / "torn" / "results.json"
+    file.write_text(file.read_text()[:500])
+    for arguments in (
+        ("run", "tiny.yaml", f"output.dir={tmp_path / 'torn'}"),
+        ("eval", tmp_path / "torn"),
+    ):
+        assert_refused(recycle(*arguments), "results.json is not a whole JSON file")
+
+
+def test_torn_adapters(recycle: Recycle, home: Path, tmp_path: Path) -> None:
+    shutil.copytree(home / "runs/tiny", tmp_path / "torn")
+    weights = tmp_path / "torn" / "p4" / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    for arguments in (
+        ("generate", tmp_path / "torn", "--prompt", "a"),
+        ("eval", tmp_path / "torn"),
+    ):
+        assert_refused(recycle(*arguments), "p4/adapter_model.safetensors")
+    (tmp_path / "torn" / FAMILY_FILE).write_text("{")
+    for arguments in (
+        ("generate", tmp_path / "torn", "--prompt", "a"),
+        ("eval", tmp_path / "torn"),
+    ):
+        assert_refused(recycle(*arguments), FAMILY_FILE)
+
+
+def test_generate_refuses(recycle: Recycle) -> None:
+    refused = recycle("generate", "runs/tiny", "--prompt", "a", "--p", 3)
+    assert_refused(refused, "offers P = 1, 2, 4, got p=3")
+    assert_refused(recycle("generate", "runs/nothing", "--prompt", "a"), "runs/nothing")
+    assert_refused(recycle("generate", "texts", "--prompt", "a"), FAMILY_FILE)
+    assert_refused(recycle("generate", "runs/tiny", "--prompt", ""), "The prompt has no tokens")
+
+
+def test_eval_refuses(recycle: Recycle, tmp_path: Path) -> None:
+    assert_refused(recycle("eval", "texts"), "texts is no finished run")
+    assert_refused(recycle("eval", "runs/tiny", "training.tokens=5"), "training.tokens")
+    assert_refused(
+        recycle("eval", "runs/tiny", "--out", tmp_path / "no" / "new.json"), "there is no folder"
+    )
+
+
+def test_import_refuses(recycle: Recycle, home: Path, tiny_folder: Path, tmp_path: Path) -> None:
+    assert_refused(recycle("import", "nothing", "--out", "new"), "'nothing' is no folder here")
+    assert_refused(recycle("import", tiny_folder, "--out", "new"), "no checkpoint in upstream's")
+    assert_refused(recycle("import", GOLDEN, "--out", "texts"), "texts exists already")
+    assert_refused(recycle("import", GOLDEN, "--out", "new", "--backbone", tiny_folder))
+    assert not Path("new").exists()
+
+
+def test_usage(recycle: Recycle) -> None:
+    for arguments in (("rum",), ("run",), ("generate", "runs/tiny"), ("show", "demo", "--fast")):
+        done = recycle(*arguments)
+        assert done.returncode == 2
+        assert "Usage: " in done.stderr
+
+
+def test_a_bug_keeps_its_traceback(recycle: Recycle, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*arguments: object) -> None:
+        raise ValueError("a bug")
+
+    monkeypatch.setattr("recycle.recipe.resolve", broken)
+    with pytest.raises(ValueError, match="a bug"):
+        recycle("show", "demo")
+
+
+def without(modules: list[str], *arguments: str) -> subprocess.CompletedProcess[str]:
+    """The command where some modules are not installed."""
+    script = (
+        f"import sys; sys.modules |= dict.fromkeys({modules}); "
+        f"sys.argv = ['recycle', *{list(arguments)}]; from recycle.cli import main; main()"
+    )
+    return subprocess.run(
+        [sys.executable, "-c", script], env=environment(), capture_output=True, text=True
+    )
+
+
+def test_a_missing_extra() -> None:
+    done = without(["trl"], "run", "tiny.yaml", "output.dir=runs/other")
+    assert_refused(done, "This needs trl: pip install 'recycle-lm[train]'")
+
+
+def test_the_base_install_generates() -> None:
+    extras = ["trl", "datasets", "matplotlib", "gguf", "bitsandbytes"]
+    arguments = ["runs/tiny", "--prompt", "a b", "--max-new-tokens", "2"]
+    done = without(extras, "generate", *arguments)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("a b")
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 100 kB; grown by the test."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=100k", "tmpfs", disk], capture_output=True
+    )
+    if mounted.returncode:
+        pytest.skip("only root can mount a small disk")
+    yield disk
+    subprocess.run(["umount", disk], check=True)
+
+
+@pytest.mark.parametrize("size", ["40k", "120k", "200k", "400k"])
+def test_a_full_disk(recycle: Recycle, home: Path, small_disk: Path, size: str) -> None:
+    """Sizes for which the disk is full in other files: adapters, optimizer, trainer's state."""
+    subprocess.run(["mount", "-o", f"remount,size={size}", small_disk], check=True)
+    arguments = ("run", "tiny.yaml", f"output.dir={small_disk / 'run'}")
+    assert_refused(recycle(*arguments), "could not be written", "Make room")
+    kept = list(small_disk.rglob("checkpoint-*"))
+    assert all((checkpoint / "complete").is_file() for checkpoint in kept)
+    subprocess.run(["mount", "-o", "remount,size=20m", small_disk], check=True)
+    done = recycle(*arguments)
+    assert done.returncode == 0, done.stderr
+    found = results.read(small_disk / "run" / "results.json")
+    expected = results.read(home / "runs/tiny/results.json")
+    for model, same in zip(found.models, expected.models, strict=True):
+        assert list(model.losses) == pytest.approx(list(same.losses), abs=1e-6)
+
+
+# ---- help
+
+
+def test_help_imports_no_room() -> None:
+    script = (
+        "import sys, json; sys.argv = ['recycle', '--help']\n"
+        "from recycle.cli import main\n"
+        "try: main()\n"
+        "finally: print(json.dumps(sorted(sys.modules)), file=sys.stderr)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment(), capture_output=True, text=True
+    )
+    loaded = {name.partition(".")[0] for name in json.loads(done.stderr)}
+    assert not loaded & {"torch", "transformers", "peft", "pydantic", "trl", "datasets", "ruamel"}
+    for command in ("run", "show", "eval", "generate", "import"):
+        assert f"\n  {command} " in done.stdout
+
+
+def test_help_costs_little_more_than_typer_and_rich() -> None:
+    def seconds(*arguments: str) -> float:
+        times = []
+        for _ in range(5):
+            started = time.perf_counter()
+            subprocess.run(
+                [sys.executable, *arguments],
+                env=environment(),
+                stdout=subprocess.DEVNULL,
+                check=True,
+            )
+            times.append(time.perf_counter() - started)
+        return statistics.median(times)
+
+    ours = seconds("-m", "recycle", "--help")
+    # Measured: 0.03 s more; generous, since other tests run beside this one.
+    assert ours - seconds("-c", "import typer, rich.console") < 0.3

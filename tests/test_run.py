@@ -1,0 +1,307 @@
+"""The run folder: what a run leaves, when it goes on, and when it is refused."""
+
+import io
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from filelock import FileLock
+from rich.console import Console
+from safetensors.torch import load_file
+
+import recycle
+from recycle import results
+from recycle import train as train_room
+from recycle.parscale.folder import FamilyError
+from recycle.recipe import resolve
+from recycle.results import Results
+from recycle.run import RunError, run
+from tests.runs import contents, write_recipe
+from tests.tiny import save_tiny
+
+
+def go(recipe: Path, *overrides: str) -> tuple[Results, str]:
+    """Run a recipe in this process; its results and what it printed."""
+    console = Console(width=200, record=True, file=io.StringIO())
+    found = run(resolve(str(recipe), overrides), "recycle run tiny.yaml", console)
+    return found, console.export_text()
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Path:
+    """A recipe whose run is finished, in `run` beside it: never change it."""
+    folder = tmp_path_factory.mktemp("finished")
+    recipe = write_recipe(folder, tiny_folder, **{"output.dir": str(folder / "run")})
+    go(recipe)
+    return recipe
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, tiny_folder: Path) -> Path:
+    return write_recipe(tmp_path, tiny_folder, **{"output.dir": str(tmp_path / "run")})
+
+
+# ---- what it leaves
+
+
+def test_a_finished_folder(finished: Path) -> None:
+    folder = finished.parent / "run"
+    files = set(contents(folder))
+    assert files == {
+        "recipe.yaml",
+        "results.json",
+        "report.md",
+        "README.md",
+        "loss_vs_streams.png",
+        "loss_vs_tokens.png",
+        "family.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+        *(f"{member}/adapter_config.json" for member in ("p2", "p4", "control")),
+        *(f"{member}/adapter_model.safetensors" for member in ("p2", "p4", "control")),
+    }
+    record = results.read(folder / "results.json")
+    assert [model.name for model in record.models] == ["backbone", "control", "P = 2", "P = 4"]
+    assert [(t.name, t.streams, t.steps) for t in record.training] == [
+        ("nested", (2, 4), 8),
+        ("control", (1,), 8),
+    ]
+    assert len(record.documents) == 6
+    for model in record.models:
+        assert f"{model.loss:.4f}" in (folder / "report.md").read_text()
+    card = (folder / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: peft\n")
+    assert f"{record.models[-1].loss:.4f}" in card
+
+
+def test_sizes_in_the_results(finished: Path) -> None:
+    folder = finished.parent / "run"
+    models = {model.name: model for model in results.read(folder / "results.json").models}
+    for name, member in (("control", "control"), ("P = 2", "p2"), ("P = 4", "p4")):
+        state = load_file(folder / member / "adapter_model.safetensors")
+        assert models[name].adapter_parameters == sum(tensor.numel() for tensor in state.values())
+    assert models["backbone"].adapter_parameters == 0
+    # keys and values, 2 layers, 2 heads of 16 numbers of 4 bytes
+    per_stream = 2 * 2 * 2 * 16 * 4
+    held = {name: model.kv_bytes_per_token for name, model in models.items()}
+    assert held == {
+        "backbone": per_stream,
+        "control": per_stream,
+        "P = 2": 2 * per_stream,
+        "P = 4": 4 * per_stream,
+    }
+
+
+def test_the_losses_are_those_of_the_loaded_family(finished: Path) -> None:
+    folder = finished.parent / "run"
+    record = results.read(folder / "results.json")
+    blocks = _test_blocks(finished)
+    model = recycle.load(folder, p=4)
+    assert recycle.available_p(model) == [1, 2, 4]
+    for row in record.models:
+        if row.name == "control":
+            model.set_adapter("control")
+        else:
+            recycle.set_p(model, row.streams)
+            assert recycle.get_p(model) == row.streams
+        with torch.no_grad():
+            logits = model(input_ids=blocks).logits
+        losses = torch.nn.functional.cross_entropy(
+            logits[:, :-1].transpose(1, 2), blocks[:, 1:], reduction="none"
+        ).mean(dim=1)
+        assert losses.tolist() == pytest.approx(list(row.losses), abs=1e-5)
+
+
+def _test_blocks(recipe: Path) -> torch.Tensor:
+    from transformers import AutoTokenizer
+
+    folder = recipe.parent / "run"
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    record = results.read(folder / "results.json")
+    texts = [(recipe.parent / "texts" / document.name).read_text() for document in record.documents]
+    return torch.tensor([tokenizer(text)["input_ids"][:32] for text in texts])
+
+
+def test_switching_in_the_middle_of_a_generation(finished: Path) -> None:
+    model = recycle.load(finished.parent / "run", p=4)
+    ids = _test_blocks(finished)[:1]
+    before = model.generate(ids, max_new_tokens=8, do_sample=False)
+    for p in (2, 1, 4):
+        recycle.set_p(model, p)
+        after = model.generate(ids, max_new_tokens=8, do_sample=False)
+    assert torch.equal(before, after)
+    with pytest.raises(FamilyError, match="1, 2, 4, got p=3"):
+        recycle.set_p(model, 3)
+
+
+def test_the_saved_recipe_gives_the_same_run(finished: Path, tmp_path: Path) -> None:
+    saved = finished.parent / "run" / "recipe.yaml"
+    assert resolve(str(saved)).recipe == resolve(str(finished)).recipe
+    again, _ = go(saved, f"output.dir={tmp_path / 'again'}")
+    first = results.read(finished.parent / "run" / "results.json")
+    assert [model.losses for model in again.models] == [model.losses for model in first.models]
+    assert again.recipe_identity == first.recipe_identity
+    for member in ("p2", "p4", "control"):
+        weights = f"{member}/adapter_model.safetensors"
+        assert contents(tmp_path / "again")[weights] == contents(saved.parent)[weights]
+
+
+def test_zero_tokens(recipe: Path) -> None:
+    record, _ = go(recipe, "training.tokens=0")
+    folder = recipe.parent / "run"
+    assert [(t.tokens, t.steps, t.train_loss) for t in record.training] == [(0, 0, ())] * 2
+    assert (folder / "report.md").is_file()
+    # The prefixes are the keys and values of the start texts, streams 0 and 1 those of P = 4.
+    state = {p: load_file(folder / f"p{p}" / "adapter_model.safetensors") for p in (2, 4)}
+    keys = next(name for name in state[4] if name.endswith("parscale_keys"))
+    assert torch.equal(state[2][keys], state[4][keys][:2])
+    assert json.loads((folder / "p4" / "adapter_config.json").read_text())["start_token_ids"]
+    losses = {model.name: model.loss for model in record.models}
+    assert len(set(losses.values())) == 4
+
+
+def test_without_a_control_from_random_starts(recipe: Path) -> None:
+    record, _ = go(recipe, "training.control=false", "method.init=random", "streams=2")
+    assert [model.name for model in record.models] == ["backbone", "P = 2"]
+    assert record.models[1].minus_control is None
+    assert not (recipe.parent / "run" / "control").exists()
+    assert recycle.available_p(recycle.load(recipe.parent / "run")) == [1, 2]
+
+
+def test_an_independent_family(recipe: Path) -> None:
+    record, _ = go(recipe, "method.nested=false")
+    folder = recipe.parent / "run"
+    assert [training.name for training in record.training] == ["p2", "p4", "control"]
+    state = {p: load_file(folder / f"p{p}" / "adapter_model.safetensors") for p in (2, 4)}
+    keys = next(name for name in state[4] if name.endswith("parscale_keys"))
+    assert not torch.equal(state[2][keys], state[4][keys][:2])
+    model = recycle.load(folder, p=2)
+    blocks = torch.arange(3, 23).unsqueeze(0)
+    outputs = {}
+    for p in (2, 4, 1, 2):
+        recycle.set_p(model, p)
+        assert recycle.get_p(model) == p
+        logits = model(input_ids=blocks).logits
+        assert p not in outputs or torch.equal(logits, outputs[p])
+        outputs[p] = logits
+    assert not torch.allclose(outputs[2], outputs[4], atol=1e-3)
+
+
+# ---- going on
+
+
+def _forbid(*arguments: Any, **options: Any) -> None:
+    raise AssertionError("nothing may be loaded or trained")
+
+
+def test_a_finished_run_is_shown_again(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = finished.parent / "run"
+    before = contents(folder)
+    monkeypatch.setattr("recycle.run.backbones.load", _forbid)
+    for overrides in ((), ("logging.steps=5", "launch.device=auto")):
+        record, printed = go(finished, *overrides)
+        assert record == results.read(folder / "results.json")
+        assert "is finished; its results:" in printed
+        assert f"{record.models[2].loss:.4f}" in printed
+    assert contents(folder) == before
+
+
+def test_another_recipe_is_refused(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = finished.parent / "run"
+    before = contents(folder)
+    monkeypatch.setattr("recycle.run.backbones.load", _forbid)
+    with pytest.raises(RunError) as caught:
+        go(finished, "streams=2", "training.tokens=4k", "logging.steps=3")
+    assert "differs in streams, training.tokens; nothing was changed" in str(caught.value)
+    assert contents(folder) == before
+
+
+def test_an_unfinished_run_of_another_recipe_is_refused(recipe: Path) -> None:
+    _break_off(recipe)
+    before = contents(recipe.parent / "run")
+    with pytest.raises(RunError, match=r"differs in training\.seed;"):
+        go(recipe, "training.seed=1")
+    assert contents(recipe.parent / "run") == before
+
+
+def test_foreign_folders_are_refused(finished: Path, tmp_path: Path) -> None:
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "thesis.txt").write_text("years of work")
+    with pytest.raises(RunError, match=r"is no run folder \(it has no recipe\.yaml\)"):
+        go(finished, f"output.dir={tmp_path / 'foreign'}")
+    assert (tmp_path / "foreign" / "thesis.txt").read_text() == "years of work"
+    with pytest.raises(RunError, match="is no run folder"):
+        go(finished, f"output.dir={tmp_path / 'foreign' / 'thesis.txt'}")
+    with pytest.raises(RunError, match=r"Cannot make the folder .*: Not a directory"):
+        go(finished, f"output.dir={tmp_path / 'foreign' / 'thesis.txt' / 'run'}")
+    assert list(contents(tmp_path)) == ["foreign/thesis.txt"]
+
+
+def test_a_recipe_that_cannot_be_read_is_refused(finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished.parent / "run", tmp_path / "run")
+    saved = tmp_path / "run" / "recipe.yaml"
+    saved.write_text(saved.read_text()[:40])
+    with pytest.raises(RunError, match="cannot be read, so the run cannot be resumed"):
+        go(finished, f"output.dir={tmp_path / 'run'}")
+
+
+def test_a_folder_in_use_is_refused(recipe: Path) -> None:
+    folder = recipe.parent / "run"
+    folder.mkdir()
+    (folder / "recipe.yaml").write_text(_dumped(recipe))
+    with FileLock(folder / ".lock"), pytest.raises(RunError, match="Another process is running in"):
+        go(recipe)
+    assert not (folder / "checkpoints").exists()
+    go(recipe)
+    assert not (folder / ".lock").exists()
+
+
+def _dumped(recipe: Path) -> str:
+    from recycle.recipe import dump
+
+    return dump(resolve(str(recipe)).recipe)
+
+
+def _break_off(recipe: Path) -> None:
+    """Run until the comparison, which fails."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("recycle.evaluate.kv_bytes_per_token", _interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            go(recipe)
+
+
+def _interrupt(*arguments: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def test_what_was_trained_is_not_trained_again(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _break_off(recipe)
+    folder = recipe.parent / "run"
+    assert not (folder / "results.json").exists()
+    records = [
+        json.loads((folder / "checkpoints" / name / "training.json").read_text())
+        for name in ("nested", "control")
+    ]
+    monkeypatch.setattr(train_room, "StreamTrainer", _forbid)
+    found, _ = go(recipe)
+    assert [training.model_dump(mode="json") for training in found.training] == records
+    assert "checkpoints" not in {path.name for path in folder.iterdir()}
+
+
+def test_the_backbone_is_what_it_was(finished: Path, tmp_path: Path) -> None:
+    """A recipe names a folder; the weights in it may have been replaced since."""
+    from recycle.run import evaluate_again
+
+    model = save_tiny(tmp_path / "model", seed=1)
+    shutil.copytree(finished.parent / "run", tmp_path / "run")
+    saved = tmp_path / "run" / "recipe.yaml"
+    old = resolve(str(saved)).recipe.backbone.id
+    saved.write_text(saved.read_text().replace(old, str(model)))
+    with pytest.raises(RunError, match="was trained on another backbone"):
+        evaluate_again(str(tmp_path / "run"), [], None, "recycle eval", Console(quiet=True))

@@ -1,0 +1,503 @@
+"""Training: what learns, how fast, from how much, and when it stops."""
+
+import hashlib
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from recycle import backbone as backbones
+from recycle import data
+from recycle.data import Splits
+from recycle.evaluate import contenders, document_losses, streams_of
+from recycle.parscale import prefix as prefix_module
+from recycle.parscale.prefix import ActiveStreams
+from recycle.parscale.streams import choose_streams
+from recycle.progress import Silent
+from recycle.recipe import Recipe, resolve
+from recycle.results import Training
+from recycle.train import (
+    Job,
+    StreamTrainer,
+    TrainingError,
+    add_adapter,
+    jobs,
+    last_checkpoint,
+    steps,
+    train,
+)
+from tests.runs import STEP_TOKENS, write_recipe
+
+RATES = {"nested": 1e-2, "aggregator": 1e-3, "control": 3e-2}
+
+
+class Workshop:
+    """A backbone, blocks and adapters for one recipe, and the trainings of its jobs."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        self.model: Any
+        self.model, self.tokenizer, _ = backbones.load(recipe.backbone, "cpu")
+        self.splits: Splits = data.prepare(
+            recipe.data,
+            self.tokenizer,
+            train_blocks=steps(recipe) * recipe.training.batch_size,
+            num_virtual_tokens=recipe.method.num_virtual_tokens,
+            num_starts=max(recipe.streams),
+        )
+
+    def add(self, job: Job) -> None:
+        self.model = add_adapter(self.model, job, self.recipe, self.splits.starts)
+
+    def train(self, job: Job, folder: Path) -> Training:
+        arguments = (self.splits, self.recipe, folder / job.adapter, Silent())
+        return train(self.model, self.tokenizer, job, *arguments)
+
+    def trainer(self, job: Job, folder: Path) -> StreamTrainer:
+        arguments = (job, self.splits, self.recipe, folder, Silent())
+        return StreamTrainer(self.model, self.tokenizer, *arguments)
+
+    def train_all(self, folder: Path) -> list[Training]:
+        trainings = []
+        for job in jobs(self.recipe):
+            self.add(job)
+            trainings.append(self.train(job, folder))
+        return trainings
+
+    def adapter(self, name: str) -> dict[str, nn.Parameter]:
+        return {
+            key: parameter
+            for key, parameter in self.model.named_parameters()
+            if "parscale_" in key and name in key.split(".")
+        }
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("recipes")
+
+
+@pytest.fixture
+def workshop(place: Path, tiny_folder: Path) -> Any:
+    def make(**changes: Any) -> Workshop:
+        return Workshop(resolve(str(write_recipe(place, tiny_folder, **changes))).recipe)
+
+    return make
+
+
+def losses(training: Training) -> list[float]:
+    return [point.loss for point in training.train_loss]
+
+
+def hashes(model: nn.Module) -> dict[str, str]:
+    """SHA-256 of every tensor of the backbone, by its name there."""
+    return {
+        name.removeprefix("base_model.model."): hashlib.sha256(
+            tensor.detach().contiguous().view(torch.uint8).numpy().tobytes()
+        ).hexdigest()
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]
+        if "parscale_" not in name
+    }
+
+
+class Recording(torch.optim.AdamW):
+    """AdamW that writes down the learning rates and the gradients' norm of every step."""
+
+    rates: list[list[float]]
+    norms: list[float]
+
+    def step(self, closure: Any = None) -> Any:
+        type(self).rates.append([group["lr"] for group in self.param_groups])
+        gradients = [p.grad for group in self.param_groups for p in group["params"]]
+        type(self).norms.append(math.sqrt(sum(g.square().sum().item() for g in gradients)))
+        return super().step(closure)
+
+
+@pytest.fixture
+def recording(monkeypatch: pytest.MonkeyPatch) -> type[Recording]:
+    Recording.rates, Recording.norms = [], []
+    monkeypatch.setattr(torch.optim, "AdamW", Recording)
+    return Recording
+
+
+# ---- what learns
+
+
+def test_prefixes_and_aggregators_learn_and_no_bit_of_the_backbone(
+    workshop: Any, tmp_path: Path
+) -> None:
+    tiny = workshop(**{"backbone.dtype": "bfloat16", "training.warmup": 0})
+    before = hashes(tiny.model)
+    assert len(before) > 20
+    for job in jobs(tiny.recipe):
+        tiny.add(job)
+        start = {name: p.detach().clone() for name, p in tiny.adapter(job.adapter).items()}
+        tiny.train(job, tmp_path)
+        for name, parameter in tiny.adapter(job.adapter).items():
+            assert parameter.dtype == torch.float32
+            assert not torch.equal(parameter, start[name]), name
+    assert hashes(tiny.model) == before
+    names = {name.rpartition("parscale_")[2] for name in tiny.adapter("nested")}
+    assert {"keys.nested", "values.nested"} <= names
+    assert any("p2_" in name for name in names)
+    assert any("p4_" in name for name in names)
+
+
+def test_the_control_leaves_the_family_as_it_was(workshop: Any, tmp_path: Path) -> None:
+    tiny = workshop()
+    family, control = jobs(tiny.recipe)
+    tiny.add(family)
+    tiny.train(family, tmp_path)
+    trained = {name: p.detach().clone() for name, p in tiny.adapter("nested").items()}
+    tiny.add(control)
+    tiny.train(control, tmp_path)
+    for name, parameter in tiny.adapter("nested").items():
+        assert torch.equal(parameter, trained[name]), name
+
+
+def test_a_head_of_weight_zero_learns_nothing(workshop: Any, tmp_path: Path) -> None:
+    tiny = workshop(**{"training.loss_weights": {"2": 0}, "training.control": False})
+    (job,) = jobs(tiny.recipe)
+    tiny.add(job)
+    start = {name: p.detach().clone() for name, p in tiny.adapter("nested").items()}
+    tiny.train(job, tmp_path)
+    moved = {n for n, p in tiny.adapter("nested").items() if not torch.equal(p, start[n])}
+    assert not [name for name in moved if "p2_" in name]
+    assert {name for name in start if "p4_" in name} <= moved
+
+
+# ---- the loss
+
+
+@pytest.mark.parametrize("weights", [{}, {"2": 3.0}, {"2": 0.5, "4": 0}])
+def test_the_loss_is_the_weighted_mean_of_every_head_on_its_own(
+    workshop: Any, tmp_path: Path, weights: dict[str, float]
+) -> None:
+    tiny = workshop(**{"training.loss_weights": weights})
+    job = jobs(tiny.recipe)[0]
+    tiny.add(job)
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():  # a fresh aggregator weighs all streams alike
+        for parameter in tiny.adapter("nested").values():
+            parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
+    trainer = tiny.trainer(job, tmp_path)
+    tokens = torch.tensor(tiny.splits.train[:3]["input_ids"])
+    found = trainer.compute_loss(tiny.model, {"input_ids": tokens, "labels": tokens}).item()
+    trainer.release()
+
+    single: dict[int, Tensor] = {}
+    for p in (2, 4):
+        with choose_streams(streams_of(tiny.model), ActiveStreams("nested", p, (p,))):
+            logits = tiny.model(input_ids=tokens, use_cache=False).logits
+        single[p] = F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+    shares = {p: weights.get(str(p), 1.0) for p in (2, 4)}
+    expected = sum(shares[p] * single[p].item() for p in single) / sum(shares.values())
+    assert abs(single[2] - single[4]) > 0.01
+    assert found == pytest.approx(expected, abs=1e-5)  # sums in another order
+
+
+def test_micro_batches_change_no_loss(workshop: Any, tmp_path: Path) -> None:
+    found = []
+    for size in (1, 4):
+        tiny = workshop(**{"training.micro_batch_size": size, "training.control": False})
+        found += tiny.train_all(tmp_path / str(size))
+    assert losses(found[0]) == pytest.approx(losses(found[1]), abs=1e-5)
+    assert len(set(losses(found[0]))) == 8
+
+
+def test_gradient_checkpointing_changes_no_loss(workshop: Any, tmp_path: Path) -> None:
+    found = []
+    for on in (True, False):
+        tiny = workshop(**{"training.gradient_checkpointing": on, "training.control": False})
+        found += tiny.train_all(tmp_path / str(on))
+    assert losses(found[0]) == pytest.approx(losses(found[1]), abs=1e-6)
+
+
+# ---- how fast
+
+
+@pytest.mark.parametrize("decay", ["cosine", "linear", "constant"])
+def test_learning_rates(
+    workshop: Any, tmp_path: Path, recording: type[Recording], decay: str
+) -> None:
+    tiny = workshop(
+        **{
+            "training.warmup": 0.25,
+            "training.decay": decay,
+            "training.prefix_learning_rate": RATES["nested"],
+            "training.aggregator_learning_rate": RATES["aggregator"],
+            "training.control_learning_rate": RATES["control"],
+        }
+    )
+    tiny.train_all(tmp_path)
+    total, warmup = 8, 2
+    falls = {
+        "cosine": lambda x: 0.5 * (1 + math.cos(math.pi * x)),
+        "linear": lambda x: 1 - x,
+        "constant": lambda x: 1.0,
+    }
+    factors = [
+        step / warmup if step < warmup else falls[decay]((step - warmup) / (total - warmup))
+        for step in range(total)
+    ]
+    family, control = recording.rates[:total], recording.rates[total:]
+    assert [prefix for prefix, _ in family] == pytest.approx([RATES["nested"] * f for f in factors])
+    aggregators = [RATES["aggregator"] * f for f in factors]
+    assert [aggregator for _, aggregator in family] == pytest.approx(aggregators)
+    assert [rates[0] for rates in control] == pytest.approx([RATES["control"] * f for f in factors])
+
+
+def test_the_groups_of_the_optimizer_hold_what_they_say(workshop: Any, tmp_path: Path) -> None:
+    tiny = workshop()
+    job = jobs(tiny.recipe)[0]
+    tiny.add(job)
+    trainer = tiny.trainer(job, tmp_path)
+    names = {id(parameter): name for name, parameter in tiny.model.named_parameters()}
+    prefixes, aggregators = (
+        [names[id(parameter)] for parameter in group["params"]]
+        for group in trainer.optimizer.param_groups
+    )
+    trainer.release()
+    assert len(prefixes) == 2 * 2  # keys and values in each of two layers
+    assert all("parscale_keys" in name or "parscale_values" in name for name in prefixes)
+    assert len(aggregators) == 2 * 4  # two linear layers for each of two heads
+    assert all("parscale_aggregator" in name for name in aggregators)
+
+
+def test_gradients_are_clipped(workshop: Any, tmp_path: Path, recording: type[Recording]) -> None:
+    unclipped = workshop(**{"training.max_grad_norm": 1e6, "training.control": False})
+    unclipped.train_all(tmp_path / "unclipped")
+    assert min(recording.norms) > 0.02
+    recording.norms.clear()
+    clipped = workshop(**{"training.max_grad_norm": 0.01, "training.control": False})
+    clipped.train_all(tmp_path / "clipped")
+    assert recording.norms == pytest.approx([0.01] * 8, rel=1e-3)
+
+
+# ---- from how much
+
+
+@pytest.mark.parametrize(
+    ("tokens", "expected"),
+    [(0, 0), (1, 1), (STEP_TOKENS, 1), (5 * STEP_TOKENS - 1, 4), (5 * STEP_TOKENS, 5)],
+)
+def test_the_budget_is_met_to_within_one_step(
+    workshop: Any, tmp_path: Path, tokens: int, expected: int
+) -> None:
+    tiny = workshop(**{"training.tokens": tokens, "training.validation_steps": 2})
+    for training in tiny.train_all(tmp_path):
+        assert (training.steps, training.tokens) == (expected, expected * STEP_TOKENS)
+        assert abs(training.tokens - tokens) < STEP_TOKENS
+        assert [point.step for point in training.train_loss] == list(range(1, expected + 1))
+        assert [point.tokens for point in training.train_loss] == [
+            STEP_TOKENS * step for step in range(1, expected + 1)
+        ]
+        if expected == 0:
+            assert (training.tokens_per_second, training.curve) == (None, ())
+    assert len(tiny.splits.train) == 4 * expected
+
+
+def test_every_block_is_read_once(
+    workshop: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[tuple[int, ...]] = []
+    compute = StreamTrainer.compute_loss
+
+    def watch(self: Any, model: Any, inputs: dict[str, Any], *rest: Any, **more: Any) -> Tensor:
+        read.extend(map(tuple, inputs["input_ids"].tolist()))
+        return compute(self, model, inputs, *rest, **more)
+
+    monkeypatch.setattr(StreamTrainer, "compute_loss", watch)
+    tiny = workshop(**{"training.control": False})
+    tiny.train_all(tmp_path)
+    assert sorted(read) == sorted(map(tuple, tiny.splits.train["input_ids"]))
+
+
+def test_the_validation_curve(workshop: Any, tmp_path: Path) -> None:
+    tiny = workshop()
+    family, control = tiny.train_all(tmp_path)
+    for training, names in ((family, ["P = 2", "P = 4"]), (control, ["control"])):
+        assert [point.step for point in training.curve] == [0, 4, 8]
+        assert [point.tokens for point in training.curve] == [0, 4 * STEP_TOKENS, 8 * STEP_TOKENS]
+        assert all(list(point.validation_loss) == names for point in training.curve)
+    layer = streams_of(tiny.model)
+    found = document_losses(tiny.model, layer, contenders(layer), tiny.splits.validation, 2)
+    for name, loss in {
+        **family.curve[-1].validation_loss,
+        **control.curve[-1].validation_loss,
+    }.items():
+        assert loss == pytest.approx(sum(found[name]) / 3, abs=1e-5)  # batches of other sizes
+    # The tiny model is random, but its training text is made like its validation text.
+    for name in ("P = 2", "P = 4"):
+        assert family.curve[-1].validation_loss[name] < family.curve[0].validation_loss[name]
+
+
+def test_logging_steps_thin_the_log_and_nothing_else(workshop: Any, tmp_path: Path) -> None:
+    every, third = (
+        workshop(**{"logging.steps": n, "training.control": False}).train_all(tmp_path / str(n))[0]
+        for n in (1, 3)
+    )
+    assert [point.step for point in third.train_loss] == [3, 6, 8]
+    assert losses(third) == [losses(every)[step] for step in (2, 5, 7)]
+    assert third.curve == every.curve
+
+
+# ---- families
+
+
+def test_an_independent_family(workshop: Any, tmp_path: Path) -> None:
+    tiny = workshop(**{"method.nested": False})
+    trainings = tiny.train_all(tmp_path)
+    assert [(training.name, training.streams) for training in trainings] == [
+        ("p2", (2,)),
+        ("p4", (4,)),
+        ("control", (1,)),
+    ]
+    assert len({losses(training)[-1] for training in trainings}) == 3
+
+
+def test_random_starts_are_the_same_for_the_same_seed(workshop: Any) -> None:
+    starts = []
+    for seed in (0, 0, 1):
+        tiny = workshop(**{"method.init": "random", "training.seed": seed})
+        tiny.add(jobs(tiny.recipe)[0])
+        starts.append(torch.cat([p.flatten() for p in tiny.adapter("nested").values()]))
+    assert torch.equal(starts[0], starts[1])
+    assert not torch.equal(starts[0], starts[2])
+
+
+# ---- when it stops
+
+
+class Poisoned(torch.optim.AdamW):
+    """AdamW that makes a parameter of the first group NaN in its fifth step."""
+
+    count = 0
+
+    def step(self, closure: Any = None) -> Any:
+        found = super().step(closure)
+        type(self).count += 1
+        if type(self).count == 5:
+            with torch.no_grad():
+                self.param_groups[0]["params"][0].fill_(math.nan)
+        return found
+
+
+def test_a_loss_that_is_not_finite_stops_and_can_be_resumed(
+    workshop: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    undisturbed = workshop(**{"training.control": False})
+    (expected,) = undisturbed.train_all(tmp_path / "undisturbed")
+
+    Poisoned.count = 0
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.optim, "AdamW", Poisoned)
+        with pytest.raises(TrainingError, match=r"loss .* is not finite at step 6") as caught:
+            workshop(**{"training.control": False}).train_all(tmp_path / "poisoned")
+    assert "last good checkpoint is kept" in str(caught.value)
+    checkpoint = last_checkpoint(tmp_path / "poisoned" / "nested")
+    assert checkpoint is not None
+    assert checkpoint.name == "checkpoint-4"
+
+    mended = workshop(**{"training.control": False})
+    (found,) = mended.train_all(tmp_path / "poisoned")
+    assert losses(found) == pytest.approx(losses(expected), abs=1e-6)
+    assert found.curve == expected.curve
+    for name, parameter in undisturbed.adapter("nested").items():
+        assert torch.allclose(mended.adapter("nested")[name], parameter, atol=1e-6), name
+
+
+def test_a_start_that_is_not_finite(workshop: Any, tmp_path: Path) -> None:
+    tiny = workshop()
+    job = jobs(tiny.recipe)[0]
+    tiny.add(job)
+    with torch.no_grad():
+        next(iter(tiny.adapter("nested").values())).fill_(math.inf)
+    with pytest.raises(TrainingError, match="validation loss is not finite at step 0"):
+        tiny.train(job, tmp_path)
+    assert not list(tmp_path.rglob("checkpoint-*"))
+
+
+def test_a_frozen_prefix(workshop: Any, tmp_path: Path) -> None:
+    tiny = workshop()
+    job = jobs(tiny.recipe)[0]
+    tiny.add(job)
+    name, parameter = next(iter(tiny.adapter("nested").items()))
+    parameter.requires_grad_(False)
+    with pytest.raises(TrainingError) as caught:
+        tiny.train(job, tmp_path)
+    assert f"gradient of {name} is missing at step 1" in str(caught.value)
+
+
+def test_a_detached_prefix(workshop: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepend = prefix_module._prepend
+    monkeypatch.setattr(
+        prefix_module, "_prepend", lambda prefix, states: prepend(prefix.detach(), states)
+    )
+    with pytest.raises(TrainingError, match=r"parscale_\w+\.nested is missing at step 1"):
+        workshop().train_all(tmp_path)
+
+
+def test_a_gradient_that_is_not_finite(workshop: Any, tmp_path: Path) -> None:
+    tiny = workshop()
+    job = jobs(tiny.recipe)[0]
+    tiny.add(job)
+    name, parameter = next(iter(tiny.adapter("nested").items()))
+    parameter.register_hook(lambda gradient: gradient * math.inf)
+    with pytest.raises(TrainingError) as caught:
+        tiny.train(job, tmp_path)
+    assert f"gradient of {name} is not finite at step 1" in str(caught.value)
+
+
+# ---- checkpoints
+
+
+def interrupted(workshop: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A training that broke down with checkpoints 2 and 4 behind it; its checkpoints' folder."""
+    Poisoned.count = 0
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.optim, "AdamW", Poisoned)
+        with pytest.raises(TrainingError):
+            workshop(**{"training.control": False}).train_all(folder)
+    return folder / "nested"
+
+
+@pytest.mark.parametrize("damage", ["unsealed", "truncated", "lost", "torn seal"])
+def test_a_torn_checkpoint_is_passed_over(
+    workshop: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
+) -> None:
+    (expected,) = workshop(**{"training.control": False}).train_all(tmp_path / "undisturbed")
+    folder = interrupted(workshop, tmp_path / "torn", monkeypatch)
+    newest = folder / "checkpoint-4"
+    weights = next(newest.rglob("adapter_model.safetensors"))
+    if damage == "unsealed":
+        (newest / "complete").unlink()
+    elif damage == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-8])
+    elif damage == "lost":
+        (newest / "optimizer.pt").unlink()
+    else:
+        (newest / "complete").write_bytes((newest / "complete").read_bytes()[:20])
+    found = last_checkpoint(folder)
+    assert found == folder / "checkpoint-2"
+    assert not newest.exists()
+    (resumed,) = workshop(**{"training.control": False}).train_all(tmp_path / "torn")
+    assert losses(resumed) == pytest.approx(losses(expected), abs=1e-6)
+
+
+def test_without_any_whole_checkpoint_training_starts_again(
+    workshop: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = interrupted(workshop, tmp_path, monkeypatch)
+    for seal in folder.rglob("complete"):
+        seal.unlink()
+    (training,) = workshop(**{"training.control": False}).train_all(tmp_path)
+    assert [point.step for point in training.train_loss] == list(range(1, 9))
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "trained.safetensors",
+        "training.json",
+    ]
