@@ -115,14 +115,24 @@ def test_eval_gives_the_same_losses(recycle: Recycle, home: Path, tmp_path: Path
     assert out.read_bytes() == written
 
 
-def test_eval_of_other_data(recycle: Recycle, home: Path, tmp_path: Path) -> None:
-    out = tmp_path / "fewer.json"
-    done = recycle("eval", "runs/tiny", "data.test_documents=4", "--out", out)
+def test_eval_in_other_batches(recycle: Recycle, home: Path, tmp_path: Path) -> None:
+    out = tmp_path / "batches.json"
+    done = recycle("eval", "runs/tiny", "evaluation.batch_size=1", "--out", out)
     assert done.returncode == 0, done.stderr
-    new = results.read(out)
-    assert len(new.documents) == 4
-    assert new.data.facts["documents_used"]["test"] == 4
-    assert new.recipe["data"]["test_documents"] == 4
+    new, old = results.read(out), results.read(home / "runs/tiny/results.json")
+    assert new.recipe["evaluation"]["batch_size"] == 1
+    for model, same in zip(new.models, old.models, strict=True):
+        assert list(model.losses) == pytest.approx(list(same.losses), abs=1e-5)
+
+
+def test_eval_keeps_to_the_documents_of_the_run(recycle: Recycle) -> None:
+    """Another split would bring documents into test that were trained on."""
+    assert_refused(
+        recycle("eval", "runs/tiny", "data.seed=1", "data.test_documents=4"),
+        "same documents",
+        "data.seed",
+        "data.test_documents",
+    )
 
 
 @pytest.mark.parametrize("p", [1, 2, 4])
@@ -216,7 +226,7 @@ def test_run_folders(recycle: Recycle, home: Path, tmp_path: Path) -> None:
     before = contents(home)
     assert_refused(recycle("run", "tiny.yaml", "streams=2"), "differs in streams;")
     assert_refused(recycle("run", "tiny.yaml", "output.dir=texts"), "is no run folder")
-    assert_refused(recycle("run", "tiny.yaml", "output.dir=tiny.yaml/x"), "Cannot make the folder")
+    assert_refused(recycle("run", "tiny.yaml", "output.dir=tiny.yaml/x"), "Cannot write in")
     assert contents(home) == before
 
 

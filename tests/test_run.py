@@ -236,7 +236,7 @@ def test_foreign_folders_are_refused(finished: Path, tmp_path: Path) -> None:
     assert (tmp_path / "foreign" / "thesis.txt").read_text() == "years of work"
     with pytest.raises(RunError, match="is no run folder"):
         go(finished, f"output.dir={tmp_path / 'foreign' / 'thesis.txt'}")
-    with pytest.raises(RunError, match=r"Cannot make the folder .*: Not a directory"):
+    with pytest.raises(RunError, match=r"Cannot write in .*: File exists"):
         go(finished, f"output.dir={tmp_path / 'foreign' / 'thesis.txt' / 'run'}")
     assert list(contents(tmp_path)) == ["foreign/thesis.txt"]
 
@@ -253,11 +253,14 @@ def test_a_folder_in_use_is_refused(recipe: Path) -> None:
     folder = recipe.parent / "run"
     folder.mkdir()
     (folder / "recipe.yaml").write_text(_dumped(recipe))
-    with FileLock(folder / ".lock"), pytest.raises(RunError, match="Another process is running in"):
+    with (
+        FileLock(folder.parent / f".{folder.name}.lock"),
+        pytest.raises(RunError, match="Another process is running in"),
+    ):
         go(recipe)
     assert not (folder / "checkpoints").exists()
     go(recipe)
-    assert not (folder / ".lock").exists()
+    assert not (folder.parent / f".{folder.name}.lock").exists()
 
 
 def _dumped(recipe: Path) -> str:

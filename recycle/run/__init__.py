@@ -1,0 +1,124 @@
+"""The main job: recipe -> backbone -> streams -> train -> compare -> report."""
+
+import shutil
+import time
+from datetime import UTC, datetime
+from typing import Any
+
+from rich.console import Console
+
+from recycle import backbone as backbones
+from recycle import data, report, results
+from recycle.parscale import family
+from recycle.progress import Display, minutes
+from recycle.recipe import Resolved, dump, identity
+from recycle.results import Results
+from recycle.train import add_adapter, estimate, jobs, steps, train, writing
+
+from .folder import (
+    CHECKPOINTS,
+    RECIPE,
+    RESULTS,
+    RunError,
+    claimed,
+    previous_results,
+    run_folder,
+    same_backbone,
+)
+from .measure import evaluate_again, measure
+from .record import backbone_record, data_record, device_of, hardware, scored_documents, with_dtype
+
+__all__ = ["RunError", "evaluate_again", "measure", "run"]
+
+
+def run(resolved: Resolved, command: str, console: Console) -> Results:
+    """Recycle a backbone as a recipe says, and leave a run folder behind.
+
+    A folder with the same recipe goes on where it stopped, or gives its results again if it is
+    finished.
+
+    Args:
+        resolved: The recipe.
+        command: The command line, for the record.
+        console: Where progress and the table go.
+
+    Raises:
+        RunError: The folder belongs to another recipe, or another process is writing it.
+        BackboneError, DataError, TrainingError: See there; the folder can be resumed after mending.
+    """
+    recipe = resolved.recipe
+    folder = run_folder(recipe)
+    with claimed(folder):
+        finished = previous_results(recipe, folder)
+        if finished is not None:
+            console.print(f"{folder} is finished; its results:")
+            console.print(results.rich_table(finished))
+            return finished
+
+        device = device_of(recipe)
+        started = time.perf_counter()
+        console.print(f"Backbone: {recipe.backbone.id}")
+        model, tokenizer, source = backbones.load(with_dtype(recipe.backbone, device), device)
+        console.print(f"Data: {recipe.data.source} {recipe.data.path or ''}".rstrip())
+        splits = data.prepare(
+            recipe.data,
+            tokenizer,
+            train_blocks=steps(recipe) * recipe.training.batch_size,
+            num_virtual_tokens=recipe.method.num_virtual_tokens,
+            num_starts=max(recipe.streams) if recipe.method.init == "text" else 0,
+        )
+        setup = time.perf_counter() - started
+
+        folder.mkdir(exist_ok=True)
+        results.write_atomically(folder / RECIPE, dump(recipe).encode())
+        same_backbone(folder, source.fingerprint)
+        peft_model: Any = model
+        trainings = []
+        with Display(console) as display:
+            for position, job in enumerate(jobs(recipe)):
+                peft_model = add_adapter(peft_model, job, recipe, splits.starts)
+                if position == 0:
+                    expected = estimate(peft_model, recipe)
+                    console.print(
+                        f"Expected: {minutes(expected.seconds)} and {expected.gib:.1f} GiB of "
+                        f"{'GPU ' if device == 'cuda' else ''}memory, for training on "
+                        f"{recipe.training.tokens:,} tokens and the comparison"
+                    )
+                checkpoints = folder / CHECKPOINTS / job.adapter
+                trainings.append(
+                    train(peft_model, tokenizer, job, splits, recipe, checkpoints, display)
+                )
+            with writing(folder):
+                family.save_family(peft_model, folder, source.fingerprint)
+                tokenizer.save_pretrained(folder)
+
+            started = time.perf_counter()
+            measurements = measure(peft_model, splits, recipe, trainings, display)
+            evaluation = time.perf_counter() - started
+
+        record = Results(
+            name=recipe.name,
+            date=datetime.now(UTC),
+            command=command,
+            recipe=recipe.model_dump(mode="json"),
+            recipe_identity=identity(recipe),
+            packages=results.packages(),
+            hardware=hardware(device),
+            seeds={"data": recipe.data.seed, "training": recipe.training.seed},
+            backbone=backbone_record(recipe, model, source),
+            data=data_record(recipe, splits),
+            training=tuple(trainings),
+            documents=scored_documents(splits.test),
+            models=results.compare(scored_documents(splits.test), measurements),
+            wall_seconds=results.WallSeconds(
+                setup=setup,
+                training=sum(training.wall_seconds for training in trainings),
+                evaluation=evaluation,
+            ),
+        )
+        report.write_report(record, folder)
+        results.write(record, folder / RESULTS)
+        shutil.rmtree(folder / CHECKPOINTS)
+    console.print(results.rich_table(record))
+    console.print(f"Report: {folder / 'report.md'}")
+    return record

@@ -1,0 +1,153 @@
+"""The comparison: test losses, speed and sizes of the backbone, the control and each P."""
+
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+
+from peft import PeftModelForCausalLM
+from rich.console import Console
+
+from recycle import backbone as backbones
+from recycle import data, evaluate, results
+from recycle.parscale import family
+from recycle.parscale.fingerprint import Fingerprint, differences
+from recycle.progress import Display, Silent
+from recycle.recipe import Recipe, differing_keys, identity, resolve
+from recycle.recipe import load as load_recipe
+from recycle.results import Results
+from recycle.train import steps
+
+from .folder import RECIPE, RESULTS, RunError
+from .record import device_of, hardware, scored_documents, with_dtype
+
+
+def measure(
+    model: PeftModelForCausalLM,
+    splits: data.Splits,
+    recipe: Recipe,
+    trainings: list[results.Training],
+    progress: Silent,
+) -> list[results.Measurement]:
+    """Test losses, speed and sizes of the backbone, the control and each P, in the order of the
+    table.
+    """
+    layer = evaluate.streams_of(model)
+    models = evaluate.contenders(layer)
+    together = evaluate.passes(models)
+    length = recipe.data.block_size * len(splits.test)
+    progress.start("test loss", length * sum(group[-1].num_streams for group in together))
+    losses = evaluate.document_losses(
+        model, layer, models, splits.test, recipe.evaluation.batch_size, progress.advance
+    )
+    speeds: dict[str, results.Speed] = {}
+    if recipe.evaluation.speed:
+        progress.start("speed", len(models) * (evaluate.REPEATS + 1))
+        speeds = evaluate.speeds(
+            model,
+            layer,
+            models,
+            recipe.evaluation.prompt_tokens,
+            recipe.evaluation.new_tokens,
+            progress.advance,
+        )
+    training_speed = {training.name: training.tokens_per_second for training in trainings}
+    kv_bytes = evaluate.kv_bytes_per_token(model, layer, models)
+    measurements = []
+    for contender in models:
+        name, streams = contender.name, contender.streams
+        speed = speeds.get(name)
+        if speed is not None and streams is not None:
+            trained_at = training_speed.get(streams.adapter)
+            speed = speed.model_copy(update={"train_tokens_per_second": trained_at})
+        state = family.member_state(model, streams.adapter, streams.num_streams) if streams else {}
+        measurements.append(
+            results.Measurement(
+                name=name,
+                streams=contender.num_streams,
+                losses=tuple(losses[name]),
+                adapter_parameters=sum(tensor.numel() for tensor in state.values()),
+                kv_bytes_per_token=kv_bytes[name],
+                speed=speed,
+            )
+        )
+    return measurements
+
+
+def evaluate_again(
+    run_folder: str, overrides: list[str], out: str | None, command: str, console: Console
+) -> Results:
+    """Measure a finished run's adapters again, on this machine and the same documents.
+
+    Args:
+        run_folder: The finished run.
+        overrides: `key=value` of the sections evaluation and launch. The data stay as they were:
+            in another split, documents that were trained on could be measured.
+        out: Where to write the new results; None keeps them off the disk.
+
+    Raises:
+        RunError: The folder is no finished run, or an override would need other adapters.
+    """
+    folder = Path(run_folder)
+    if not (folder / RESULTS).is_file():
+        raise RunError(
+            f"{folder} is no finished run: it has no {RESULTS}. Finish it with `recycle run`."
+        )
+    if out is not None and Path(out).exists():
+        raise RunError(f"{out} exists already and is not overwritten. Name a new file.")
+    if out is not None and not Path(out).parent.is_dir():
+        raise RunError(f"{out} cannot be written: there is no folder {Path(out).parent}.")
+    before = results.read(folder / RESULTS)
+    recipe = resolve(str(folder / RECIPE), overrides).recipe
+    fixed = [
+        key
+        for key in differing_keys(load_recipe(folder / RECIPE), recipe)
+        if key.partition(".")[0] != "evaluation"
+    ]
+    if fixed:
+        raise RunError(
+            "`recycle eval` measures the same adapters on the same documents and takes changes to "
+            f"evaluation and launch only, got {', '.join(fixed)}."
+        )
+    device = device_of(recipe)
+    backbone, tokenizer, source = backbones.load(with_dtype(recipe.backbone, device), device)
+    members = family.read_members(folder, family.Family.read(folder))
+    trained_on = Fingerprint.from_dict(members[0].config.fingerprint or {})
+    if differing := differences(trained_on, source.fingerprint):
+        raise RunError(
+            f"{folder} was trained on another backbone than lies at {recipe.backbone.id} now: "
+            f"{'; '.join(differing)}."
+        )
+    model = family.attach(backbone, members, folder)
+    splits = data.prepare(
+        recipe.data,
+        tokenizer,
+        train_blocks=steps(recipe) * recipe.training.batch_size,
+        num_virtual_tokens=recipe.method.num_virtual_tokens,
+        num_starts=max(recipe.streams) if recipe.method.init == "text" else 0,
+    )
+    if splits.facts["sha256"] != before.data.facts["sha256"]:
+        raise RunError(
+            f"The data at {recipe.data.path or recipe.data.source} are not those of the run any "
+            "more (their SHA-256 differs), so its test documents cannot be measured again."
+        )
+    with Display(console) as display:
+        started = time.perf_counter()
+        measurements = measure(model, splits, recipe, list(before.training), display)
+    record = before.model_copy(
+        update={
+            "date": datetime.now(UTC),
+            "command": command,
+            "recipe": recipe.model_dump(mode="json"),
+            "recipe_identity": identity(recipe),
+            "packages": results.packages(),
+            "hardware": hardware(device),
+            "models": results.compare(scored_documents(splits.test), measurements),
+            "wall_seconds": before.wall_seconds.model_copy(
+                update={"evaluation": time.perf_counter() - started}
+            ),
+        }
+    )
+    if out is not None:
+        results.write(record, Path(out))
+    console.print(results.rich_table(record))
+    return record

@@ -1,0 +1,102 @@
+"""Training of a recipe's adapters, one after the other, on the frozen backbone.
+
+Reading order: `jobs.py` (what is trained), `trainer.py` (the loss of every P from one pass, and
+what is watched), `checkpoints.py` (going on after a kill), `estimate.py` (what it will take).
+"""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModelForCausalLM, get_peft_model_state_dict
+from peft.utils import set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from recycle.data import Splits
+from recycle.progress import Silent
+from recycle.recipe import Recipe
+from recycle.results import CurvePoint, LossPoint, Training, write_atomically
+
+from .checkpoints import TrainingError, last_checkpoint, writing
+from .estimate import Estimate, estimate
+from .jobs import Job, add_adapter, jobs, steps
+from .trainer import StreamTrainer
+
+__all__ = [
+    "Estimate",
+    "Job",
+    "StreamTrainer",
+    "TrainingError",
+    "add_adapter",
+    "estimate",
+    "jobs",
+    "last_checkpoint",
+    "steps",
+    "train",
+    "writing",
+]
+
+RECORD = "training.json"  # written when an adapter's training is finished
+WEIGHTS = "trained.safetensors"
+
+
+def train(
+    model: PeftModelForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    job: Job,
+    splits: Splits,
+    recipe: Recipe,
+    folder: Path,
+    progress: Silent,
+) -> Training:
+    """Train one adapter on the blocks of `splits.train`, going on from the last good checkpoint in
+    `folder`.
+
+    Returns:
+        The record of the training. The adapter in `model` holds the trained values, also where an
+        earlier call had finished the training already.
+
+    Raises:
+        TrainingError: A loss or a prefix's gradient is missing or not finite.
+    """
+    if (folder / RECORD).is_file():
+        set_peft_model_state_dict(model, load_file(folder / WEIGHTS), adapter_name=job.adapter)
+        return Training.model_validate_json((folder / RECORD).read_text())
+    total = steps(recipe)
+    tokens = total * recipe.training.batch_size * recipe.data.block_size
+    log: list[dict[str, Any]] = []
+    seconds = 0.0
+    if total:
+        trainer = StreamTrainer(model, tokenizer, job, splits, recipe, folder, progress)
+        checkpoint = last_checkpoint(folder)
+        try:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        finally:
+            trainer.release()
+        log, seconds = trainer.state.log_history, trainer.seconds
+    record = Training(
+        name=job.adapter,
+        streams=job.heads,
+        tokens=tokens,
+        steps=total,
+        wall_seconds=seconds,
+        tokens_per_second=tokens / seconds if seconds else None,
+        stream_tokens_per_second=tokens * job.heads[-1] / seconds if seconds else None,
+        curve=tuple(CurvePoint.model_validate(x["curve"]) for x in log if "curve" in x),
+        train_loss=tuple(LossPoint.model_validate(x["train"]) for x in log if "train" in x),
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder / WEIGHTS):
+        save_file(_adapter_state(model, job.adapter), folder / WEIGHTS)
+        write_atomically(folder / RECORD, record.model_dump_json().encode())
+    for unneeded in folder.glob("checkpoint-*"):
+        shutil.rmtree(unneeded)
+    return record
+
+
+def _adapter_state(model: PeftModelForCausalLM, adapter: str) -> dict[str, Tensor]:
+    # Told nothing about embeddings, PEFT looks for the backbone's config on the Hub.
+    state = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
+    return {name: tensor.contiguous() for name, tensor in state.items()}

@@ -1,0 +1,59 @@
+"""Checkpoints that are whole or not taken for one, and the error that keeps the last of them."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from recycle.parscale.folder import file_sha256
+from recycle.results import write_atomically
+
+COMPLETE = "complete"  # written into a checkpoint last, with the hashes of the files before it
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the last good checkpoint is kept."""
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint that is whole; torn ones after it are removed."""
+    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    while found and not _is_whole(found[-1]):
+        shutil.rmtree(found.pop())
+    return found[-1] if found else None
+
+
+def seal(checkpoint: Path) -> None:
+    """Mark a checkpoint as written to its end."""
+    write_atomically(checkpoint / COMPLETE, _hashes(checkpoint))
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    mark = checkpoint / COMPLETE
+    return mark.is_file() and mark.read_bytes() == _hashes(checkpoint)
+
+
+def _hashes(checkpoint: Path) -> bytes:
+    """SHA-256 of every file of a checkpoint but the seal itself."""
+    files = [path for path in checkpoint.rglob("*") if path.is_file() and path.name != COMPLETE]
+    hashes = {path.relative_to(checkpoint).as_posix(): file_sha256(path) for path in files}
+    return json.dumps(hashes, sort_keys=True).encode()
+
+
+@contextmanager
+def writing(what: Path) -> Iterator[None]:
+    """Give what cannot be written one exception; torch and safetensors each have their own.
+
+    Raises:
+        TrainingError: In the place of theirs, of which a full disk is the usual cause.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise TrainingError(
+            f"{what} could not be written: {str(error).splitlines()[0]}. The last good "
+            "checkpoint is kept. Make room on that disk, then give the same command again."
+        ) from error

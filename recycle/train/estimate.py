@@ -1,0 +1,85 @@
+"""Expected time and memory of a run, before it starts."""
+
+import resource
+import sys
+import time
+from dataclasses import dataclass
+
+import torch
+from peft import PeftModelForCausalLM
+from torch.nn import functional as F
+
+from recycle.evaluate import streams_of
+from recycle.parscale.prefix import ActiveStreams
+from recycle.parscale.streams import choose_streams
+from recycle.recipe import Recipe
+
+from .jobs import jobs, steps
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a run is going to take."""
+
+    seconds: float
+    gib: float
+
+
+def estimate(model: PeftModelForCausalLM, recipe: Recipe) -> Estimate:
+    """Expected time and memory of a recipe's training and comparison, from a short step with the
+    first adapter.
+    """
+    layer = streams_of(model)
+    job = jobs(recipe)[0]
+    p = job.heads[-1]
+    device = next(model.parameters()).device
+    block = recipe.data.block_size
+    length = min(block, 128)
+    tokens = torch.arange(length, device=device).unsqueeze(0)
+    before = _memory(device)
+
+    def seconds_per_stream_token(backward: bool) -> float:
+        started = time.perf_counter()
+        with choose_streams(layer, ActiveStreams(job.adapter, p, job.heads)):
+            labels = tokens.repeat(len(job.heads), 1)
+            with torch.set_grad_enabled(backward):
+                loss = F.cross_entropy(
+                    model(input_ids=tokens, use_cache=False).logits.flatten(0, 1).float(),
+                    labels.flatten(),
+                )
+            loss.backward() if backward else loss.item()
+        return (time.perf_counter() - started) / (length * p)
+
+    seconds_per_stream_token(True)  # the first pass also sets kernels up
+    learning = min(seconds_per_stream_token(True) for _ in range(2))
+    reading = min(seconds_per_stream_token(False) for _ in range(2))
+    model.zero_grad(set_to_none=True)
+
+    training, data = recipe.training, recipe.data
+    text = steps(recipe) * training.batch_size * block
+    points = 2 + steps(recipe) // training.validation_steps if text else 0
+    streams = sum(job.heads[-1] for job in jobs(recipe))
+    read = block * (
+        streams * points * data.validation_documents + (streams + 1) * data.test_documents
+    )
+    adapter = sum(x.numel() for x in model.parameters() if x.requires_grad)
+    micro_batches = training.micro_batch_size * block / length
+    logits = (
+        recipe.evaluation.batch_size
+        * len(job.heads)
+        * block
+        * model.config.get_text_config().vocab_size
+    )
+    growth = max((_memory(device) - before) * micro_batches, logits * model.dtype.itemsize)
+    return Estimate(
+        seconds=text * streams * learning + read * reading,
+        gib=(before + growth + 3 * 4 * adapter) / 2**30,  # gradient and AdamW's two moments
+    )
+
+
+def _memory(device: torch.device) -> int:
+    """Peak memory so far in bytes: of the GPU, or of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,71 @@
+"""What a recipe trains: which adapters, for how many steps, from which start."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import PeftModelForCausalLM, get_peft_model
+from torch import Tensor
+
+from recycle.parscale import ParScaleConfig
+from recycle.parscale.folder import CONTROL, NESTED
+from recycle.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training run: an adapter, the values of P it learns at once, and its learning rate for
+    prefixes.
+    """
+
+    adapter: str
+    heads: tuple[int, ...]
+    prefix_learning_rate: float
+
+
+def jobs(recipe: Recipe) -> list[Job]:
+    """The adapters that a recipe trains, one after the other; the control comes last."""
+    rate = recipe.training.prefix_learning_rate
+    if recipe.method.nested:
+        found = [Job(NESTED, recipe.streams, rate)]
+    else:
+        found = [Job(f"p{p}", (p,), rate) for p in recipe.streams]
+    if recipe.training.control:
+        found.append(Job(CONTROL, (1,), recipe.training.control_learning_rate))
+    return found
+
+
+def steps(recipe: Recipe) -> int:
+    """Optimiser steps that meet the token budget to within one step; a budget above zero gets at
+    least one.
+    """
+    per_step = recipe.training.batch_size * recipe.data.block_size
+    return max(recipe.training.tokens // per_step, int(recipe.training.tokens > 0))
+
+
+def add_adapter(model: Any, job: Job, recipe: Recipe, starts: Tensor) -> PeftModelForCausalLM:
+    """Add a job's untrained adapter to a backbone or to the PEFT model it has become, and make it
+    the active one.
+
+    Args:
+        starts: `[streams, n]` token ids of the texts that streams start from; a job takes the
+            first of them.
+    """
+    torch.manual_seed(recipe.training.seed)
+    p = job.heads[-1]
+    text = recipe.method.init == "text"
+    config = ParScaleConfig(
+        num_streams=p,
+        heads=list(job.heads),
+        num_virtual_tokens=recipe.method.num_virtual_tokens,
+        smoothing=recipe.method.smoothing,
+        init=recipe.method.init,
+        start_token_ids=starts[:p].tolist() if text else None,
+        backbone_dtype=recipe.backbone.quantization or str(model.dtype).removeprefix("torch."),
+    )
+    if isinstance(model, PeftModelForCausalLM):
+        model.add_adapter(job.adapter, config)
+    else:
+        model = get_peft_model(model, config, adapter_name=job.adapter)
+    model.set_adapter(job.adapter)
+    return model
