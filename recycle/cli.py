@@ -85,9 +85,7 @@ def eval(
     ] = None,
     overrides: Overrides = None,
 ) -> None:
-    """Measure a finished run again, with the recipe in its folder and changes to its data or
-    evaluation.
-    """
+    """Measure a finished run again: the same adapters on the same documents, on this machine."""
     _quiet_libraries()
     from .run import evaluate_again
 

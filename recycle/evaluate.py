@@ -134,7 +134,8 @@ def speeds(
     was_training = model.training
     model.eval()
     device = next(model.parameters()).device
-    prompt = (torch.arange(prompt_tokens, device=device) % 1000).unsqueeze(0)
+    vocabulary = model.get_input_embeddings().num_embeddings  # type: ignore
+    prompt = (torch.arange(prompt_tokens, device=device) % vocabulary).unsqueeze(0)
     measured: dict[str, list[tuple[float, float]]] = {contender.name: [] for contender in models}
     try:
         for _ in range(REPEATS + 1):

@@ -1,8 +1,6 @@
 """Text from a finished run, streamed to standard output."""
 
-from pathlib import Path
-
-from transformers import AutoTokenizer, TextStreamer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, TextStreamer
 
 from .parscale import load
 from .parscale.family import FamilyError
@@ -22,17 +20,13 @@ def generate_text(source: str, prompt: str, p: int | None, max_new_tokens: int, 
         FamilyError: See `recycle.load`; or there is no tokenizer, or it has no chat template.
     """
     model = load(source, p)
-    backbone = model.peft_config[model.active_adapter].base_model_name_or_path
-    where = source if _has_tokenizer(source) else backbone
-    missing = FamilyError(f"Neither {source} nor its backbone {backbone} has a tokenizer.")
-    if not _has_tokenizer(where):  # AutoTokenizer would make an empty one
-        raise missing
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(where)
-    except (OSError, ValueError):
-        raise missing from None
+    config = model.peft_config[model.active_adapter]
+    backbone = config.base_model_name_or_path
+    tokenizer = _tokenizer(source, None) or _tokenizer(backbone, config.revision)
+    if tokenizer is None:
+        raise FamilyError(f"Neither {source} nor its backbone {backbone} has a tokenizer.")
     if chat and tokenizer.chat_template is None:
-        raise FamilyError(f"The tokenizer in {where} has no chat template; leave out --chat.")
+        raise FamilyError(f"The tokenizer of {source} has no chat template; leave out --chat.")
     if chat:
         messages = [{"role": "user", "content": prompt}]
         prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
@@ -44,6 +38,13 @@ def generate_text(source: str, prompt: str, p: int | None, max_new_tokens: int, 
     model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, streamer=streamer)
 
 
-def _has_tokenizer(source: str) -> bool:
-    folder = Path(source)
-    return not folder.is_dir() or (folder / "tokenizer_config.json").is_file()
+def _tokenizer(source: str, revision: str | None) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of a folder or Hub id; None where there is none."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            source, revision=revision or "main", trust_remote_code=False
+        )
+    except (OSError, ValueError, TypeError, ImportError):
+        return None
+    # Where no tokenizer file is, some model types get an empty tokenizer rather than an error.
+    return None if len(tokenizer) <= len(tokenizer.all_special_tokens) else tokenizer

@@ -1,8 +1,10 @@
 """Write the measured tables into README.md from the JSON files that the repository keeps.
 
-python scripts/update_readme.py                          # from scripts/measured/
-python scripts/update_readme.py --demo runs/demo/results.json --bench bench.json    # keep new ones
-first python scripts/update_readme.py --check                  # fail if README.md is stale
+    python scripts/update_readme.py            # from scripts/measured/
+    python scripts/update_readme.py --check    # change nothing, fail if README.md is stale
+
+New measurements are kept first: --demo runs/demo/results.json, --bench bench.json,
+--starts TEXT.json RANDOM.json.
 """
 
 import argparse
@@ -20,6 +22,8 @@ from recycle import results  # noqa: E402
 MEASURED = ROOT / "scripts" / "measured"
 DEMO = MEASURED / "demo-cpu.json"
 BENCH = MEASURED / "bench-overhead-cpu.json"
+TEXT = MEASURED / "start-text-cpu.json"
+RANDOM = MEASURED / "start-random-cpu.json"
 
 
 def markdown(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
@@ -68,9 +72,35 @@ def bench_section() -> str:
     )
 
 
+def starts_section() -> str:
+    """The two starts before any training."""
+    rows = []
+    for start, path in (("text", TEXT), ("random", RANDOM)):
+        record = results.read(path)
+        for model in record.models[1:]:
+            difference = results.format_difference(model.minus_backbone)
+            rows.append((start, model.name, f"{model.loss:.4f}", difference))
+    header = ("start", "model", "held-out loss", "− backbone ± se")
+    return "\n".join(
+        [
+            "The start before any training, which is why text is the default:",
+            "",
+            *markdown(header, rows),
+            "",
+            f"`{results.read(TEXT).command}` and the same with `method.init=random`, "
+            f"{len(record.documents)} held-out documents, {record.date:%Y-%m-%d}.",
+        ]
+    )
+
+
 def updated(text: str) -> str:
     """README.md with its measured sections made anew."""
-    for name, section in (("demo", demo_section()), ("bench", bench_section())):
+    sections = (
+        ("demo", demo_section()),
+        ("bench", bench_section()),
+        ("starts", starts_section()),
+    )
+    for name, section in sections:
         opening = f"<!-- {name}: made by scripts/update_readme.py -->"
         closing = f"<!-- /{name} -->"
         pattern = re.escape(opening) + ".*?" + re.escape(closing)
@@ -87,18 +117,28 @@ def main() -> None:
     )
     parser.add_argument("--demo", type=Path, help="results.json of a demo run, to keep")
     parser.add_argument("--bench", type=Path, help="JSON of scripts/bench_overhead.py, to keep")
+    parser.add_argument(
+        "--starts", type=Path, nargs=2, help="results.json of text and random starts"
+    )
     parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if stale")
     arguments = parser.parse_args()
-    MEASURED.mkdir(exist_ok=True)
-    for new, kept in ((arguments.demo, DEMO), (arguments.bench, BENCH)):
+    new_starts = arguments.starts or (None, None)
+    for new, kept in (
+        (arguments.demo, DEMO),
+        (arguments.bench, BENCH),
+        (new_starts[0], TEXT),
+        (new_starts[1], RANDOM),
+    ):
         if new is not None:
+            MEASURED.mkdir(exist_ok=True)
             shutil.copyfile(new, kept)
     readme = ROOT / "README.md"
     before = readme.read_text()
     after = updated(before)
-    if arguments.check and after != before:
+    if not arguments.check:
+        readme.write_text(after)
+    elif after != before:
         sys.exit("README.md is stale. Run python scripts/update_readme.py")
-    readme.write_text(after)
 
 
 if __name__ == "__main__":

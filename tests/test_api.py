@@ -1,7 +1,9 @@
 """The public API as a user meets it: six lines of Python."""
 
+import ast
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -60,3 +62,18 @@ def test_a_fresh_process_needs_one_import(run_folder):
 def test_an_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="'recycle' has no attribute 'nothing'"):
         recycle.nothing  # noqa: B018
+
+
+def test_no_code_of_a_model_is_ever_run():
+    """Every `from_pretrained` that could run code from a repository says that it must not."""
+    found = 0
+    for path in (Path(recycle.__file__).parent).rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
+                continue
+            owner = getattr(node.func.value, "id", "")
+            if node.func.attr == "from_pretrained" and owner.startswith("Auto"):
+                found += 1
+                said = {word.arg: ast.unparse(word.value) for word in node.keywords}
+                assert said.get("trust_remote_code") == "False", f"{path}:{node.lineno}"
+    assert found >= 5

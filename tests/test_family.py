@@ -112,8 +112,10 @@ def test_the_control_alone(family):
     folder, expected = family
     model = load(folder / "control", dtype=torch.float32)
     assert available_p(model) == [1]
+    assert torch.equal(logits(model, IDS), expected["control"])
+    set_p(model, 1)
     assert torch.equal(logits(model, IDS), expected[1])
-    model.set_adapter("default")
+    model.set_adapter("control")
     assert torch.equal(logits(model, IDS), expected["control"])
     with pytest.raises(FamilyError, match="offers P = 1, got p=2"):
         load(folder / "control", p=2)

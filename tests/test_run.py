@@ -175,7 +175,7 @@ def test_without_a_control_from_random_starts(recipe: Path) -> None:
 def test_an_independent_family(recipe: Path) -> None:
     record, _ = go(recipe, "method.nested=false")
     folder = recipe.parent / "run"
-    assert [training.name for training in record.training] == ["p2", "p4", "control"]
+    assert [training.name for training in record.training] == ["p4", "p2", "control"]
     state = {p: load_file(folder / f"p{p}" / "adapter_model.safetensors") for p in (2, 4)}
     keys = next(name for name in state[4] if name.endswith("parscale_keys"))
     assert not torch.equal(state[2][keys], state[4][keys][:2])
@@ -236,7 +236,7 @@ def test_foreign_folders_are_refused(finished: Path, tmp_path: Path) -> None:
     assert (tmp_path / "foreign" / "thesis.txt").read_text() == "years of work"
     with pytest.raises(RunError, match="is no run folder"):
         go(finished, f"output.dir={tmp_path / 'foreign' / 'thesis.txt'}")
-    with pytest.raises(RunError, match=r"Cannot write in .*: File exists"):
+    with pytest.raises(RunError, match=r"Cannot write in .*: Not a directory"):
         go(finished, f"output.dir={tmp_path / 'foreign' / 'thesis.txt' / 'run'}")
     assert list(contents(tmp_path)) == ["foreign/thesis.txt"]
 
@@ -251,16 +251,16 @@ def test_a_recipe_that_cannot_be_read_is_refused(finished: Path, tmp_path: Path)
 
 def test_a_folder_in_use_is_refused(recipe: Path) -> None:
     folder = recipe.parent / "run"
-    folder.mkdir()
+    (folder / "checkpoints").mkdir(parents=True)
     (folder / "recipe.yaml").write_text(_dumped(recipe))
     with (
-        FileLock(folder.parent / f".{folder.name}.lock"),
+        FileLock(folder / "checkpoints" / "lock"),
         pytest.raises(RunError, match="Another process is running in"),
     ):
         go(recipe)
-    assert not (folder / "checkpoints").exists()
+    assert contents(folder / "checkpoints").keys() <= {"lock"}
     go(recipe)
-    assert not (folder.parent / f".{folder.name}.lock").exists()
+    assert not (folder / "checkpoints").exists()
 
 
 def _dumped(recipe: Path) -> str:
@@ -295,6 +295,51 @@ def test_what_was_trained_is_not_trained_again(
     found, _ = go(recipe)
     assert [training.model_dump(mode="json") for training in found.training] == records
     assert "checkpoints" not in {path.name for path in folder.iterdir()}
+
+
+def test_torn_trained_weights_are_trained_again(recipe: Path, finished: Path) -> None:
+    _break_off(recipe)
+    trained = recipe.parent / "run" / "checkpoints" / "nested" / "trained.safetensors"
+    trained.write_bytes(trained.read_bytes()[:-100])
+    found, _ = go(recipe)
+    whole = results.read(finished.parent / "run" / "results.json")
+    for model, same in zip(found.models, whole.models, strict=True):
+        assert list(model.losses) == pytest.approx(list(same.losses), abs=1e-6)
+
+
+def test_an_unfinished_run_does_not_go_on_with_other_data(recipe: Path) -> None:
+    _break_off(recipe)
+    text = next(path for path in sorted((recipe.parent / "texts").rglob("*")) if path.is_file())
+    text.write_text("something else " * 400)
+    before = contents(recipe.parent / "run")
+    with pytest.raises(RunError, match=r"was begun on something else .* the data were others"):
+        go(recipe)
+    assert contents(recipe.parent / "run") == before
+
+
+def test_several_gpus_are_refused(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(RunError, match=r"torch sees 2\. Choose one with CUDA_VISIBLE_DEVICES"):
+        go(recipe, "launch.device=auto")
+    assert not (recipe.parent / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("named", "recorded"),
+    [("mit", "mit"), (["mit", "apache-2.0"], "mit, apache-2.0"), (None, None)],
+)
+def test_the_licence_of_a_hub_card(
+    named: str | list[str] | None, recorded: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A card may name several."""
+    from huggingface_hub import DatasetCardData, HfApi
+
+    from recycle.run import record
+
+    info = type("Info", (), {"card_data": DatasetCardData(license=named)})
+    monkeypatch.setattr(HfApi, "dataset_info", lambda self, repository: info)
+    assert record._hub_licence("a/b", dataset=True) == recorded
 
 
 def test_the_backbone_is_what_it_was(finished: Path, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+import recycle
 from recycle.parscale import available_p, load
 from recycle.parscale.upstream import CheckpointError, import_checkpoint
 from tests.adapters import logits, token_ids
@@ -85,6 +86,16 @@ def test_without_a_backbone_its_own_is_written_beside_the_adapter(tmp_path):
     assert ours.keys() == {n for n in theirs if "prefix_" not in n and "aggregate" not in n}
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
     assert available_p(load(folder)) == [4]
+
+
+def test_backbone_out_inside_the_adapter(tmp_path):
+    out = tmp_path / "adapter"
+    with pytest.raises(CheckpointError, match="goes beside the adapter's folder"):
+        import_checkpoint(P2, out, backbone_out=out / "p2" / "plain")
+    assert list(tmp_path.iterdir()) == []
+    import_checkpoint(P2, out, backbone_out=out / "backbone")  # the default, by name
+    assert (out / "backbone" / "config.json").is_file()
+    assert recycle.get_p(recycle.load(out)) == 2
 
 
 def test_backbone_out_and_backbone(tmp_path):

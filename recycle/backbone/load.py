@@ -19,6 +19,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from recycle.parscale.fingerprint import Fingerprint, fingerprint_files
+from recycle.parscale.model import keep_gradients_of_4bit_layers
 from recycle.parscale.source import (
     SourceError,
     SourceFiles,
@@ -104,18 +105,6 @@ def resolve_source(id: str, revision: str | None = None) -> str:
     return str(path.absolute()) if path.is_dir() or looks_like_path(id) else id
 
 
-def keep_gradients_on_cpu(model: PreTrainedModel) -> None:
-    """Stop bitsandbytes from repacking 4-bit weights on CPUs with AVX512-BF16.
-
-    It does so at the first forward pass in eval mode, after which no gradient reaches the prefixes.
-    """
-    from bitsandbytes.nn import Linear4bit
-
-    for module in model.modules():
-        if isinstance(module, Linear4bit):
-            module.support_avx512bf16_for_cpu = False
-
-
 def _check_architecture(name: str, config: dict[str, Any]) -> None:
     """Refuse what is no causal language model of transformers' own."""
     if "parscale_n" in config:
@@ -191,8 +180,7 @@ def _load_model(
             f"the weights of {id!r} do not fit its config.json: {len(wrong)} tensors are "
             f"missing or of another shape, {wrong[0]!r} among them: get the model anew"
         )
-    if backbone.quantization == "nf4":
-        keep_gradients_on_cpu(model)
+    keep_gradients_of_4bit_layers(model)
     return model.eval().requires_grad_(False)
 
 

@@ -126,14 +126,20 @@ def _dequantise(package: str, file: Path, digest: str, folder: Path) -> None:
     types = Counter(tensor.tensor_type.name for tensor in reader.tensors)
 
     model = AutoModelForCausalLM.from_pretrained(
-        file.parent, gguf_file=file.name, dtype=STORED_DTYPE, **_dequantise_whole()
+        file.parent,
+        gguf_file=file.name,
+        dtype=STORED_DTYPE,
+        trust_remote_code=False,
+        **_dequantise_whole(),
     )
     # The weights are dense now, but a model marked as GGUF refuses to be saved.
     model.hf_quantizer = None
     vars(model.config).pop("quantization_config", None)
     model.save_pretrained(folder)
 
-    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    tokenizer = AutoTokenizer.from_pretrained(
+        file.parent, gguf_file=file.name, trust_remote_code=False
+    )
     pre_tokenizer = reader.get_field("tokenizer.ggml.pre")
     if pre_tokenizer is not None and pre_tokenizer.contents() == "smollm":
         # transformers reads the merges but not this: each digit stands alone, also from the space

@@ -96,7 +96,7 @@ def load(
         **backbone_options,
     )
     peft_model = attach(model, members, folder)
-    if offered:
+    if p is not None or family.streams:
         set_p(peft_model, max(offered) if p is None else p)
     return peft_model
 

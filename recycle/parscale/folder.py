@@ -119,7 +119,8 @@ def read_members(folder: Path, family: Family) -> list[Member]:
         FamilyError: A file is missing, torn, from another run or holds values that are not finite.
     """
     if not (folder / FAMILY_FILE).is_file():
-        members = [Member("default", _read_config(folder), _read_state(folder, None))]
+        name = CONTROL if family.control else "default"
+        members = [Member(name, _read_config(folder), _read_state(folder, None))]
     else:
         names = [f"p{p}" for p in sorted(family.streams, reverse=True)]
         names += [CONTROL] if family.control else []

@@ -80,7 +80,7 @@ def locate_attention(model: PreTrainedModel, config: ParScaleConfig) -> None:
 def start_token_ids(
     tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], num_virtual_tokens: int
 ) -> list[list[int]]:
-    """The first `num_virtual_tokens` tokens of each text, without special tokens.
+    """The first `num_virtual_tokens` tokens of each text, after the tokenizer's start token if any.
 
     Args:
         tokenizer: The backbone's tokenizer.
@@ -90,7 +90,7 @@ def start_token_ids(
     Raises:
         ValueError: A text is shorter than that.
     """
-    token_ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    token_ids = [tokenizer(text)["input_ids"] for text in texts]
     for number, ids in enumerate(token_ids):
         if len(ids) < num_virtual_tokens:
             raise ValueError(

@@ -62,6 +62,13 @@ def import_checkpoint(
     if backbone is not None and backbone_out is not None:
         raise CheckpointError("Name either the backbone or where to write it, not both.")
     written_out = Path(backbone_out) if backbone_out is not None else None
+    if written_out is not None and written_out.resolve() == (out / "backbone").resolve():
+        written_out = None  # the default, written with the adapter
+    elif written_out is not None and written_out.resolve().is_relative_to(out.resolve()):
+        raise CheckpointError(
+            f"The backbone goes beside the adapter's folder {out}, or to {out / 'backbone'}, got "
+            f"{written_out}."
+        )
     for path in (out, written_out):
         if path is not None and path.exists():
             raise CheckpointError(

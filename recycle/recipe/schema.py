@@ -37,7 +37,7 @@ class Backbone(Section):
     """Hub id, model folder, or `package://PACKAGE/FILE.gguf` for a file inside a Python package."""
     revision: Text | None = None
     """Branch, tag or commit on the Hub; None is its newest."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Number format of the frozen weights; auto is bfloat16 where the hardware computes in it, else
     float32. What is trained is float32."""
     attn_implementation: Literal["sdpa", "eager"] = "sdpa"
@@ -77,7 +77,7 @@ class Data(Section):
     group_field: Text | None = None
     """hub, jsonl: documents that are equal here (same repository) never fall into two splits."""
     packages: Packages | None = None
-    """stdlib: top-level packages and modules; None is the fixed list in data.py."""
+    """stdlib: top-level packages and modules; None is the fixed list in data/files.py."""
     block_size: AtLeastTwo = 512
     """Tokens in a block."""
     validation_documents: AtLeastTwo = 16

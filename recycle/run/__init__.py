@@ -23,7 +23,7 @@ from .folder import (
     claimed,
     previous_results,
     run_folder,
-    same_backbone,
+    same_ground,
 )
 from .measure import evaluate_again, measure
 from .record import backbone_record, data_record, device_of, hardware, scored_documents, with_dtype
@@ -48,30 +48,32 @@ def run(resolved: Resolved, command: str, console: Console) -> Results:
     """
     recipe = resolved.recipe
     folder = run_folder(recipe)
-    with claimed(folder):
-        finished = previous_results(recipe, folder)
-        if finished is not None:
-            console.print(f"{folder} is finished; its results:")
-            console.print(results.rich_table(finished))
-            return finished
+    finished = previous_results(recipe, folder)
+    if finished is not None:
+        console.print(f"{folder} is finished; its results:")
+        console.print(results.rich_table(finished))
+        return finished
 
-        device = device_of(recipe)
-        started = time.perf_counter()
-        console.print(f"Backbone: {recipe.backbone.id}")
+    device = device_of(recipe)
+    started = time.perf_counter()
+    console.print(f"Backbone: {recipe.backbone.id}")
+    with console.status("Loading the backbone; a file in a package is first dequantised, once"):
         model, tokenizer, source = backbones.load(with_dtype(recipe.backbone, device), device)
-        console.print(f"Data: {recipe.data.source} {recipe.data.path or ''}".rstrip())
-        splits = data.prepare(
-            recipe.data,
-            tokenizer,
-            train_blocks=steps(recipe) * recipe.training.batch_size,
-            num_virtual_tokens=recipe.method.num_virtual_tokens,
-            num_starts=max(recipe.streams) if recipe.method.init == "text" else 0,
-        )
-        setup = time.perf_counter() - started
+    console.print(f"Data: {recipe.data.source} {recipe.data.path or ''}".rstrip())
+    splits = data.prepare(
+        recipe.data,
+        tokenizer,
+        train_blocks=steps(recipe) * recipe.training.batch_size,
+        num_virtual_tokens=recipe.method.num_virtual_tokens,
+        num_starts=max(recipe.streams) if recipe.method.init == "text" else 0,
+    )
+    setup = time.perf_counter() - started
 
-        folder.mkdir(exist_ok=True)
+    with claimed(folder):
+        if previous_results(recipe, folder) is not None:
+            raise RunError(f"Another process has just finished {folder}. Run again to see it.")
         results.write_atomically(folder / RECIPE, dump(recipe).encode())
-        same_backbone(folder, source.fingerprint)
+        same_ground(folder, source.fingerprint, str(model.dtype), splits.facts["sha256"])
         peft_model: Any = model
         trainings = []
         with Display(console) as display:

@@ -15,7 +15,7 @@ from recycle.results import Results
 RECIPE = "recipe.yaml"
 RESULTS = "results.json"
 CHECKPOINTS = "checkpoints"
-BACKBONE = "backbone.json"  # among the checkpoints: what they were made on
+GROUND = "ground.json"  # among the checkpoints: what they were made on
 
 
 class RunError(ValueError):
@@ -36,7 +36,9 @@ def previous_results(recipe: Recipe, folder: Path) -> Results | None:
     if not folder.exists():
         return None
     saved = folder / RECIPE
-    if not folder.is_dir() or (not saved.is_file() and any(folder.iterdir())):
+    if not folder.is_dir() or (
+        not saved.is_file() and any(path.name != CHECKPOINTS for path in folder.iterdir())
+    ):
         raise RunError(
             f"{folder} exists and is no run folder (it has no {RECIPE}); nothing was changed. "
             "Choose another with output.dir=FOLDER."
@@ -59,47 +61,58 @@ def previous_results(recipe: Recipe, folder: Path) -> Results | None:
 
 @contextmanager
 def claimed(folder: Path) -> Iterator[None]:
-    """Hold a run folder against other processes; the lock lies beside it.
+    """Hold a run folder against other processes, from the first write on.
+
+    The lock lies among the checkpoints and goes with them when the run is finished.
 
     Raises:
         RunError: Another process holds it, or the place cannot be written.
     """
-    lock = FileLock(folder.parent / f".{folder.name}.lock")
+    lock = FileLock(folder / CHECKPOINTS / "lock")
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
+        (folder / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
     except Timeout:
         raise RunError(
-            f"Another process is running in {folder}. Wait for it, or choose another folder "
-            "with output.dir=FOLDER."
+            f"Another process is running in {folder}. Wait for it, or choose another folder with "
+            "output.dir=FOLDER."
         ) from None
     except OSError as error:
         raise RunError(
-            f"Cannot write in {folder.parent}: {error.strerror}. Choose another folder with "
+            f"Cannot write in {folder}: {error.strerror}. Choose another folder with "
             "output.dir=FOLDER."
         ) from None
     try:
         yield
     finally:
         lock.release()
-        Path(lock.lock_file).unlink(missing_ok=True)
 
 
-def same_backbone(folder: Path, backbone: Fingerprint) -> None:
-    """Record the backbone that a run's checkpoints are made on, or compare it with the record.
+def same_ground(folder: Path, backbone: Fingerprint, dtype: str, data: dict[str, str]) -> None:
+    """Record what a run's checkpoints are made on, or compare it with the record.
+
+    Args:
+        folder: The run folder.
+        backbone: Its backbone.
+        dtype: What the backbone computes in.
+        data: SHA-256 of each split.
 
     Raises:
-        RunError: The checkpoints were made on another one.
+        RunError: The checkpoints were made on something else.
     """
-    record = folder / CHECKPOINTS / BACKBONE
+    record = folder / CHECKPOINTS / GROUND
+    now = {"backbone": backbone.to_dict(), "dtype": dtype, "data": data}
     if not record.is_file():
-        record.parent.mkdir(parents=True, exist_ok=True)
-        results.write_atomically(record, json.dumps(backbone.to_dict()).encode())
+        results.write_atomically(record, json.dumps(now).encode())
         return
-    before = Fingerprint.from_dict(json.loads(record.read_text()))
-    if differing := differences(before, backbone):
+    before = json.loads(record.read_text())
+    differing = differences(Fingerprint.from_dict(before["backbone"]), backbone)
+    if before["dtype"] != dtype:
+        differing.append(f"it computed in {before['dtype']}, and this machine in {dtype}")
+    if before["data"] != data:
+        differing.append("the data were others (their SHA-256 differs)")
+    if differing:
         raise RunError(
-            f"{folder} was begun on another backbone than lies at {backbone.id} now: "
-            f"{'; '.join(differing)}. Put that one back, or choose another folder with "
-            "output.dir=FOLDER."
+            f"{folder} was begun on something else than there is now: {'; '.join(differing)}. Put "
+            "that back, or choose another folder with output.dir=FOLDER."
         )

@@ -18,7 +18,7 @@ from recycle.results import Results
 from recycle.train import steps
 
 from .folder import RECIPE, RESULTS, RunError
-from .record import device_of, hardware, scored_documents, with_dtype
+from .record import backbone_record, device_of, hardware, scored_documents, with_dtype
 
 
 def measure(
@@ -109,6 +109,7 @@ def evaluate_again(
             f"evaluation and launch only, got {', '.join(fixed)}."
         )
     device = device_of(recipe)
+    machine = hardware(device)
     backbone, tokenizer, source = backbones.load(with_dtype(recipe.backbone, device), device)
     members = family.read_members(folder, family.Family.read(folder))
     trained_on = Fingerprint.from_dict(members[0].config.fingerprint or {})
@@ -132,7 +133,9 @@ def evaluate_again(
         )
     with Display(console) as display:
         started = time.perf_counter()
-        measurements = measure(model, splits, recipe, list(before.training), display)
+        same_machine = machine == before.hardware  # elsewhere the training's speed says nothing
+        trainings = list(before.training) if same_machine else []
+        measurements = measure(model, splits, recipe, trainings, display)
     record = before.model_copy(
         update={
             "date": datetime.now(UTC),
@@ -140,7 +143,8 @@ def evaluate_again(
             "recipe": recipe.model_dump(mode="json"),
             "recipe_identity": identity(recipe),
             "packages": results.packages(),
-            "hardware": hardware(device),
+            "hardware": machine,
+            "backbone": backbone_record(recipe, backbone, source),
             "models": results.compare(scored_documents(splits.test), measurements),
             "wall_seconds": before.wall_seconds.model_copy(
                 update={"evaluation": time.perf_counter() - started}

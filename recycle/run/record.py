@@ -18,9 +18,15 @@ from .folder import RunError
 def device_of(recipe: Recipe) -> str:
     if recipe.launch.device == "cuda" and not torch.cuda.is_available():
         raise RunError("launch.device=cuda, but torch sees no CUDA device. Use launch.device=auto.")
-    if recipe.launch.device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    return recipe.launch.device
+    device = recipe.launch.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and torch.cuda.device_count() > 1:
+        raise RunError(
+            f"A run trains on one GPU, and torch sees {torch.cuda.device_count()}. Choose one with "
+            "CUDA_VISIBLE_DEVICES=0."
+        )
+    return device
 
 
 def with_dtype(backbone: Backbone, device: str) -> Backbone:
@@ -83,7 +89,8 @@ def _hub_licence(repository: str, dataset: bool) -> str | None:
         info = api.dataset_info(repository) if dataset else api.model_info(repository)
     except (HTTPError, OSError):
         return None
-    return info.card_data.get("license") if info.card_data else None
+    named = info.card_data.get("license") if info.card_data else None
+    return ", ".join(named) if isinstance(named, list) else named
 
 
 def scored_documents(documents: list[data.Document]) -> tuple[results.ScoredDocument, ...]:

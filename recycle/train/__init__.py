@@ -19,7 +19,7 @@ from recycle.progress import Silent
 from recycle.recipe import Recipe
 from recycle.results import CurvePoint, LossPoint, Training, write_atomically
 
-from .checkpoints import TrainingError, last_checkpoint, writing
+from .checkpoints import TrainingError, is_whole, last_checkpoint, seal, writing
 from .estimate import Estimate, estimate
 from .jobs import Job, add_adapter, jobs, steps
 from .trainer import StreamTrainer
@@ -61,13 +61,13 @@ def train(
     Raises:
         TrainingError: A loss or a prefix's gradient is missing or not finite.
     """
-    if (folder / RECORD).is_file():
+    if (folder / RECORD).is_file() and is_whole(folder):
         set_peft_model_state_dict(model, load_file(folder / WEIGHTS), adapter_name=job.adapter)
         return Training.model_validate_json((folder / RECORD).read_text())
     total = steps(recipe)
     tokens = total * recipe.training.batch_size * recipe.data.block_size
     log: list[dict[str, Any]] = []
-    seconds = 0.0
+    seconds = elapsed = 0.0
     if total:
         trainer = StreamTrainer(model, tokenizer, job, splits, recipe, folder, progress)
         checkpoint = last_checkpoint(folder)
@@ -75,13 +75,13 @@ def train(
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         finally:
             trainer.release()
-        log, seconds = trainer.state.log_history, trainer.seconds
+        log, seconds, elapsed = trainer.state.log_history, trainer.seconds, trainer.elapsed
     record = Training(
         name=job.adapter,
         streams=job.heads,
         tokens=tokens,
         steps=total,
-        wall_seconds=seconds,
+        wall_seconds=elapsed,
         tokens_per_second=tokens / seconds if seconds else None,
         stream_tokens_per_second=tokens * job.heads[-1] / seconds if seconds else None,
         curve=tuple(CurvePoint.model_validate(x["curve"]) for x in log if "curve" in x),
@@ -91,8 +91,9 @@ def train(
     with writing(folder / WEIGHTS):
         save_file(_adapter_state(model, job.adapter), folder / WEIGHTS)
         write_atomically(folder / RECORD, record.model_dump_json().encode())
-    for unneeded in folder.glob("checkpoint-*"):
-        shutil.rmtree(unneeded)
+        for unneeded in folder.glob("checkpoint-*"):
+            shutil.rmtree(unneeded)
+        seal(folder)
     return record
 
 

@@ -21,7 +21,7 @@ class TrainingError(RuntimeError):
 def last_checkpoint(folder: Path) -> Path | None:
     """The newest checkpoint that is whole; torn ones after it are removed."""
     found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
-    while found and not _is_whole(found[-1]):
+    while found and not is_whole(found[-1]):
         shutil.rmtree(found.pop())
     return found[-1] if found else None
 
@@ -31,7 +31,8 @@ def seal(checkpoint: Path) -> None:
     write_atomically(checkpoint / COMPLETE, _hashes(checkpoint))
 
 
-def _is_whole(checkpoint: Path) -> bool:
+def is_whole(checkpoint: Path) -> bool:
+    """Whether every file of a sealed folder is as it was."""
     mark = checkpoint / COMPLETE
     return mark.is_file() and mark.read_bytes() == _hashes(checkpoint)
 

@@ -35,7 +35,11 @@ def estimate(model: PeftModelForCausalLM, recipe: Recipe) -> Estimate:
     device = next(model.parameters()).device
     block = recipe.data.block_size
     length = min(block, 128)
-    tokens = torch.arange(length, device=device).unsqueeze(0)
+    vocabulary = model.config.get_text_config().vocab_size
+    tokens = (torch.arange(length, device=device) % vocabulary).unsqueeze(0)
+    if recipe.training.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.train()
     before = _memory(device)
 
     def seconds_per_stream_token(backward: bool) -> float:
@@ -54,6 +58,7 @@ def estimate(model: PeftModelForCausalLM, recipe: Recipe) -> Estimate:
     learning = min(seconds_per_stream_token(True) for _ in range(2))
     reading = min(seconds_per_stream_token(False) for _ in range(2))
     model.zero_grad(set_to_none=True)
+    model.eval()
 
     training, data = recipe.training, recipe.data
     text = steps(recipe) * training.batch_size * block
@@ -64,12 +69,7 @@ def estimate(model: PeftModelForCausalLM, recipe: Recipe) -> Estimate:
     )
     adapter = sum(x.numel() for x in model.parameters() if x.requires_grad)
     micro_batches = training.micro_batch_size * block / length
-    logits = (
-        recipe.evaluation.batch_size
-        * len(job.heads)
-        * block
-        * model.config.get_text_config().vocab_size
-    )
+    logits = recipe.evaluation.batch_size * len(job.heads) * block * vocabulary
     growth = max((_memory(device) - before) * micro_batches, logits * model.dtype.itemsize)
     return Estimate(
         seconds=text * streams * learning + read * reading,

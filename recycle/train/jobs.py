@@ -24,12 +24,15 @@ class Job:
 
 
 def jobs(recipe: Recipe) -> list[Job]:
-    """The adapters that a recipe trains, one after the other; the control comes last."""
+    """The adapters that a recipe trains, one after the other.
+
+    The one with the most streams comes first, so that what does not fit into memory shows at once.
+    """
     rate = recipe.training.prefix_learning_rate
     if recipe.method.nested:
         found = [Job(NESTED, recipe.streams, rate)]
     else:
-        found = [Job(f"p{p}", (p,), rate) for p in recipe.streams]
+        found = [Job(f"p{p}", (p,), rate) for p in reversed(recipe.streams)]
     if recipe.training.control:
         found.append(Job(CONTROL, (1,), recipe.training.control_learning_rate))
     return found

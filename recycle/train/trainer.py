@@ -32,6 +32,11 @@ from recycle.recipe import Recipe
 from .checkpoints import TrainingError, seal, writing
 from .jobs import Job, steps
 
+MEND = (
+    "The last good checkpoint is kept. Lower training.prefix_learning_rate, "
+    "training.control_learning_rate or training.aggregator_learning_rate and name a new "
+    "output.dir=FOLDER."
+)
 SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 
 
@@ -52,7 +57,8 @@ class StreamTrainer(SFTTrainer):
     ) -> None:
         training = recipe.training
         self.job = job
-        self.seconds = 0.0  # in optimiser steps, without validation
+        self.seconds = 0.0  # in optimiser steps, of this and earlier processes
+        self.elapsed = 0.0  # the same with validation and checkpoints
         self.weights = torch.tensor([training.loss_weights.get(p, 1.0) for p in job.heads])
         self.weights /= self.weights.sum()
         self.head_losses: list[Tensor] = []
@@ -130,9 +136,7 @@ class StreamTrainer(SFTTrainer):
         if not torch.isfinite(losses).all():
             raise TrainingError(
                 f"The training loss of adapter {self.job.adapter!r} is not finite at step "
-                f"{self.state.global_step + 1}: {losses.tolist()} for P = {list(heads)}. The "
-                f"last good checkpoint is "
-                "kept. Lower training.prefix_learning_rate or training.aggregator_learning_rate."
+                f"{self.state.global_step + 1}: {losses.tolist()} for P = {list(heads)}. {MEND}"
             )
         self.head_losses.append(losses.detach())
         return (losses * self.weights.to(losses)).sum()
@@ -142,6 +146,9 @@ class StreamTrainer(SFTTrainer):
         self.model.get_base_model().__dict__.pop("forward", None)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        for name, parameter in self.model.named_parameters():
+            if _is_of(self.job.adapter, name) and not torch.isfinite(parameter).all():
+                raise TrainingError(f"{name} is not finite at a checkpoint. {MEND}")
         # TRL's version writes a model card as well.
         checkpoint = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         try:
@@ -167,7 +174,7 @@ class _Watch(TrainerCallback):
         self.splits = splits
         self.recipe = recipe
         self.progress = progress
-        self.started = 0.0
+        self.started = self.begun = 0.0
         self.tokens_per_step = recipe.training.batch_size * recipe.data.block_size
 
     def on_train_begin(
@@ -175,8 +182,11 @@ class _Watch(TrainerCallback):
     ) -> None:
         self.progress.start(self.trainer.job.adapter, state.max_steps * self.tokens_per_step)
         self.progress.advance(state.global_step * self.tokens_per_step)
-        earlier = [entry["seconds"] for entry in state.log_history if "seconds" in entry]
-        self.trainer.seconds = earlier[-1] if earlier else 0.0
+        earlier = [entry for entry in state.log_history if "seconds" in entry]
+        if earlier:
+            self.trainer.seconds = earlier[-1]["seconds"]
+            self.trainer.elapsed = earlier[-1]["elapsed"]
+        self.begun = time.perf_counter() - self.trainer.elapsed
         if state.global_step == 0:
             self._validate(state)
 
@@ -195,11 +205,9 @@ class _Watch(TrainerCallback):
             if gradient is None or not torch.isfinite(gradient).all():
                 what = "missing" if gradient is None else "not finite"
                 raise TrainingError(
-                    f"The gradient of {name} is {what} at step {state.global_step + 1}. The "
-                    f"last good checkpoint is kept. "
-                    "A missing gradient means that the backbone's kernels pass none on; a "
-                    "non-finite one that a learning "
-                    "rate is too high."
+                    f"The gradient of {name} is {what} at step {state.global_step + 1}. A missing "
+                    "one means that the backbone's kernels pass none on, a non-finite one that a "
+                    f"learning rate is too high. {MEND}"
                 )
 
     def on_step_end(
@@ -221,7 +229,14 @@ class _Watch(TrainerCallback):
         last = state.global_step == state.max_steps
         if last or state.global_step % self.recipe.training.validation_steps == 0:
             self._validate(state)
-        state.log_history.append({"step": state.global_step, "seconds": self.trainer.seconds})
+        self.trainer.elapsed = time.perf_counter() - self.begun
+        state.log_history.append(
+            {
+                "step": state.global_step,
+                "seconds": self.trainer.seconds,
+                "elapsed": self.trainer.elapsed,
+            }
+        )
 
     def _validate(self, state: TrainerState) -> None:
         models = [
@@ -239,9 +254,7 @@ class _Watch(TrainerCallback):
         means = {name: sum(values) / len(values) for name, values in losses.items()}
         if not all(math.isfinite(mean) for mean in means.values()):
             raise TrainingError(
-                f"The validation loss is not finite at step {state.global_step}: {means}. The "
-                f"last good checkpoint is "
-                "kept. Lower the learning rates."
+                f"The validation loss is not finite at step {state.global_step}: {means}. {MEND}"
             )
         tokens = state.global_step * self.tokens_per_step
         point = {"step": state.global_step, "tokens": tokens, "validation_loss": means}

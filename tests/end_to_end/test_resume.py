@@ -102,7 +102,7 @@ def test_killed_in_every_part(undisturbed: Results, tmp_path: Path, tiny_folder:
     assert [training.model_dump(mode="json") for training in found.training] == trained
     left = [path for path in (tmp_path / "runs").rglob("*") if path.is_file()]
     assert not [path.name for path in left if path.suffix in (".bin", ".pt", ".pth", ".tmp")]
-    assert not (tmp_path / "runs" / ".tiny.lock").exists()
+    assert not (tmp_path / "runs" / "tiny" / "checkpoints").exists()
 
 
 @pytest.mark.slow
