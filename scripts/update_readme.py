@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from recycle import results  # noqa: E402
+from recycle.report.result import findings  # noqa: E402
 
 MEASURED = ROOT / "scripts" / "measured"
 DEMO = MEASURED / "demo-cpu.json"
@@ -47,6 +48,18 @@ def demo_section() -> str:
             f"({hardware.cpu}, {record.backbone.dtype}), {record.date:%Y-%m-%d}. The backbone "
             f"is dequantised from 4 bits "
             "and has likely read this data before: [what that means](#what-it-does-not-do).",
+        ]
+    )
+
+
+def findings_section() -> str:
+    """What the demo's table says in words."""
+    record = results.read(DEMO)
+    return "\n".join(
+        [
+            "What the demo's table says, in nats per token ± one standard error:",
+            "",
+            *(f"- {x}" for x in findings(record)),
         ]
     )
 
@@ -97,6 +110,7 @@ def updated(text: str) -> str:
     """README.md with its measured sections made anew."""
     sections = (
         ("demo", demo_section()),
+        ("findings", findings_section()),
         ("bench", bench_section()),
         ("starts", starts_section()),
     )

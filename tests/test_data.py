@@ -594,3 +594,15 @@ def test_hub_does_not_read_a_local_folder(
     (tmp_path / "some").mkdir()
     with pytest.raises(DataError, match=r"is here on disk.*data\.source=files"):
         read(config(source="hub", path="some"), tokenizer)
+
+
+def test_nothing_to_learn_from_still_leaves_documents_to_measure(
+    folder: Path, tokenizer: Any
+) -> None:
+    """An untrained random start needs neither blocks nor start texts."""
+    data = config(path=str(folder))
+    splits = read(data, tokenizer, blocks=0, starts=0)
+    same = read(data, tokenizer, blocks=0, starts=4)
+    assert [document.name for document in splits.test] == [x.name for x in same.test]
+    assert len(splits.test) == data.test_documents
+    assert len(splits.validation) == data.validation_documents

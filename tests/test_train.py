@@ -353,8 +353,8 @@ def test_an_independent_family(workshop: Any, tmp_path: Path) -> None:
     tiny = workshop(**{"method.nested": False})
     trainings = tiny.train_all(tmp_path)
     assert [(training.name, training.streams) for training in trainings] == [
-        ("p2", (2,)),
         ("p4", (4,)),
+        ("p2", (2,)),
         ("control", (1,)),
     ]
     assert len({losses(training)[-1] for training in trainings}) == 3
@@ -498,6 +498,7 @@ def test_without_any_whole_checkpoint_training_starts_again(
     (training,) = workshop(**{"training.control": False}).train_all(tmp_path)
     assert [point.step for point in training.train_loss] == list(range(1, 9))
     assert sorted(path.name for path in folder.iterdir()) == [
+        "complete",
         "trained.safetensors",
         "training.json",
     ]

@@ -100,7 +100,7 @@ def prepare(
                 split_of[text.group].groups += 1
             split_of[text.group].add(text, ids)
             progress.update(min(len(train.packed), train.pool) - progress.n)
-            if train.full:
+            if train.full and test.full and validation.full:
                 break
 
     starts = train.starts
