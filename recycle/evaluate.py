@@ -23,9 +23,7 @@ REPEATS = 3
 
 @dataclass(frozen=True)
 class Contender:
-    """One model of a comparison: its name in tables and the streams it runs; None is the
-    untouched backbone.
-    """
+    """One model of a comparison: its name in tables, and its streams (None: the backbone)."""
 
     name: str
     streams: ActiveStreams | None
@@ -43,9 +41,7 @@ def streams_of(model: nn.Module) -> DecoderStreams:
 
 
 def contenders(layer: DecoderStreams) -> list[Contender]:
-    """The backbone, one-stream adapters such as the control, and each P, in the order of the
-    table.
-    """
+    """The backbone, one-stream adapters such as the control, and each P, as in the table."""
     found = [Contender("backbone", None)]
     members = sorted((p, name) for name, heads in layer.heads.items() for p in heads)
     for p, name in members:
@@ -175,9 +171,7 @@ def _clock(device: torch.device) -> float:
 def kv_bytes_per_token(
     model: nn.Module, layer: DecoderStreams, models: Sequence[Contender]
 ) -> dict[str, int]:
-    """Bytes that one token of one sequence adds to the key-value cache, read off a cache of two
-    tokens.
-    """
+    """Bytes that a token adds to the key-value cache of one sequence, read off a real cache."""
     tokens = torch.tensor([[0, 1]], device=next(model.parameters()).device)
     held = {}
     for contender in models:

@@ -30,7 +30,4 @@ with torch.no_grad():
     assert torch.equal(model(tokens).logits, before[4]), "switching left a trace"
     bare = model.unload()(tokens).logits
 assert torch.equal(bare, before[1]), "P = 1 is not the backbone"
-print(
-    f"demo: ok, P = 4 is {difference.mean:+.4f} ± {difference.standard_error:.4f} nats from the "
-    f"backbone"
-)
+print(f"demo: ok, P = 4 minus backbone {results.format_difference(difference)} nats per token")

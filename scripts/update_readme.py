@@ -37,17 +37,14 @@ def demo_section() -> str:
     """The demo's table, with what it was measured on."""
     record = results.read(DEMO)
     hardware = record.hardware
-    seconds = sum(record.wall_seconds.model_dump().values())
     return "\n".join(
         [
             *markdown(results.COLUMNS, results.table(record)),
             "",
             f"`{record.command}`: {record.training[0].tokens:,} tokens, {len(record.documents)} "
-            f"held-out "
-            f"documents, nats per token, in {seconds / 60:.0f} minutes on {hardware.cores} cores "
-            f"({hardware.cpu}, {record.backbone.dtype}), {record.date:%Y-%m-%d}. The backbone "
-            f"is dequantised from 4 bits "
-            "and has likely read this data before: [what that means](#what-it-does-not-do).",
+            f"held-out documents, nats per token, on {hardware.cores} cores ({hardware.cpu}, "
+            f"{record.backbone.dtype}), {record.date:%Y-%m-%d}. The backbone is dequantised from 4 "
+            "bits and has likely read this data before: [what that means](#what-it-does-not-do).",
         ]
     )
 
@@ -75,8 +72,7 @@ def bench_section() -> str:
     return "\n".join(
         [
             "Time of our step as a ratio to the bare backbone's at batch P·B, the work that "
-            "cannot be avoided "
-            "(aim: 1.15, 1.15, 1.25):",
+            "cannot be avoided (aim: 1.15, 1.15, 1.25):",
             "",
             *markdown(header, [tuple(map(str, row)) for row in rows]),
             "",

@@ -52,9 +52,8 @@ def previous_results(recipe: Recipe, folder: Path) -> Results | None:
     if differing:
         raise RunError(
             f"{folder} holds a run of another recipe, which differs in {', '.join(differing)}; "
-            f"nothing was changed. "
-            "Set these as they were to go on with that run, or choose another folder with "
-            "output.dir=FOLDER."
+            "nothing was changed. Set these as they were to go on with that run, or choose "
+            "another folder with output.dir=FOLDER."
         )
     return results.read(folder / RESULTS) if (folder / RESULTS).is_file() else None
 

@@ -28,9 +28,7 @@ def measure(
     trainings: list[results.Training],
     progress: Silent,
 ) -> list[results.Measurement]:
-    """Test losses, speed and sizes of the backbone, the control and each P, in the order of the
-    table.
-    """
+    """Test losses, speed and sizes of the backbone, the control and each P, as in the table."""
     layer = evaluate.streams_of(model)
     models = evaluate.contenders(layer)
     together = evaluate.passes(models)

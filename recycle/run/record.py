@@ -30,9 +30,7 @@ def device_of(recipe: Recipe) -> str:
 
 
 def with_dtype(backbone: Backbone, device: str) -> Backbone:
-    """Settle dtype `auto`: bfloat16 is several times slower than float32 on a CPU that emulates
-    it.
-    """
+    """Settle dtype `auto`: a CPU that emulates bfloat16 is several times slower in it."""
     if backbone.dtype != "auto":
         return backbone
     if device == "cuda":

@@ -51,8 +51,7 @@ def train(
     folder: Path,
     progress: Silent,
 ) -> Training:
-    """Train one adapter on the blocks of `splits.train`, going on from the last good checkpoint in
-    `folder`.
+    """Train one adapter on `splits.train`, going on from the last good checkpoint in `folder`.
 
     Returns:
         The record of the training. The adapter in `model` holds the trained values, also where an

@@ -26,9 +26,7 @@ class Estimate:
 
 
 def estimate(model: PeftModelForCausalLM, recipe: Recipe) -> Estimate:
-    """Expected time and memory of a recipe's training and comparison, from a short step with the
-    first adapter.
-    """
+    """Expected time and memory of a whole run, from short steps with its first adapter."""
     layer = streams_of(model)
     job = jobs(recipe)[0]
     p = job.heads[-1]

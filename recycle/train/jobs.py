@@ -14,9 +14,7 @@ from recycle.recipe import Recipe
 
 @dataclass(frozen=True)
 class Job:
-    """One training run: an adapter, the values of P it learns at once, and its learning rate for
-    prefixes.
-    """
+    """One training: an adapter, the values of P it learns at once, and its prefixes' rate."""
 
     adapter: str
     heads: tuple[int, ...]
@@ -39,16 +37,13 @@ def jobs(recipe: Recipe) -> list[Job]:
 
 
 def steps(recipe: Recipe) -> int:
-    """Optimiser steps that meet the token budget to within one step; a budget above zero gets at
-    least one.
-    """
+    """Optimiser steps that meet the token budget to within one; none for no budget."""
     per_step = recipe.training.batch_size * recipe.data.block_size
     return max(recipe.training.tokens // per_step, int(recipe.training.tokens > 0))
 
 
 def add_adapter(model: Any, job: Job, recipe: Recipe, starts: Tensor) -> PeftModelForCausalLM:
-    """Add a job's untrained adapter to a backbone or to the PEFT model it has become, and make it
-    the active one.
+    """Add a job's untrained adapter to a backbone, or the PEFT model it became, and activate it.
 
     Args:
         starts: `[streams, n]` token ids of the texts that streams start from; a job takes the

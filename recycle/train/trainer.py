@@ -41,9 +41,7 @@ SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_
 
 
 class StreamTrainer(SFTTrainer):
-    """TRL's trainer with the loss of every head: the heads' outputs come stacked out of one pass
-    of the decoder.
-    """
+    """TRL's trainer with the loss of every head, whose outputs come stacked out of one pass."""
 
     def __init__(
         self,
