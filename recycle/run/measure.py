@@ -6,6 +6,7 @@ from pathlib import Path
 
 from peft import PeftModelForCausalLM
 from rich.console import Console
+from transformers import PreTrainedTokenizerBase
 
 from recycle import backbone as backbones
 from recycle import data, evaluate, results
@@ -19,6 +20,17 @@ from recycle.train import steps
 
 from .folder import RECIPE, RESULTS, RunError
 from .record import backbone_record, device_of, hardware, scored_documents, with_dtype
+
+
+def prepare_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> data.Splits:
+    """The splits of a recipe: blocks for its token budget, and start texts where it wants them."""
+    return data.prepare(
+        recipe.data,
+        tokenizer,
+        train_blocks=steps(recipe) * recipe.training.batch_size,
+        num_virtual_tokens=recipe.method.num_virtual_tokens,
+        num_starts=max(recipe.streams) if recipe.method.init == "text" else 0,
+    )
 
 
 def measure(
@@ -117,13 +129,7 @@ def evaluate_again(
             f"{'; '.join(differing)}."
         )
     model = family.attach(backbone, members, folder)
-    splits = data.prepare(
-        recipe.data,
-        tokenizer,
-        train_blocks=steps(recipe) * recipe.training.batch_size,
-        num_virtual_tokens=recipe.method.num_virtual_tokens,
-        num_starts=max(recipe.streams) if recipe.method.init == "text" else 0,
-    )
+    splits = prepare_data(recipe, tokenizer)
     if splits.facts["sha256"] != before.data.facts["sha256"]:
         raise RunError(
             f"The data at {recipe.data.path or recipe.data.source} are not those of the run any "
