@@ -30,7 +30,7 @@ def device_of(recipe: Recipe) -> str:
 
 
 def with_dtype(backbone: Backbone, device: str) -> Backbone:
-    """Settle dtype `auto`: a CPU that emulates bfloat16 is several times slower in it."""
+    """Settle dtype `auto`: a CPU that emulates bfloat16 is slower in it than in float32."""
     if backbone.dtype != "auto":
         return backbone
     if device == "cuda":
