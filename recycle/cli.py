@@ -3,6 +3,7 @@ at once.
 """
 
 import errno
+import logging
 import shlex
 import sys
 import warnings
@@ -155,10 +156,11 @@ def main() -> None:
 
 def _quiet_libraries() -> None:
     """Keep the libraries' bars, and what they warn of each other, out of what we print."""
-    from transformers.utils import logging
+    from transformers.utils import logging as transformers_logging
 
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # of a kernel that we switch off
     if not sys.warnoptions:
         warnings.simplefilter("ignore", FutureWarning)
 

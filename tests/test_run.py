@@ -288,7 +288,7 @@ def test_what_was_trained_is_not_trained_again(
     folder = recipe.parent / "run"
     assert not (folder / "results.json").exists()
     records = [
-        json.loads((folder / "checkpoints" / name / "training.json").read_text())
+        json.loads((folder / "checkpoints" / name / "finished" / "training.json").read_text())
         for name in ("nested", "control")
     ]
     monkeypatch.setattr(train_room, "StreamTrainer", _forbid)
@@ -299,7 +299,8 @@ def test_what_was_trained_is_not_trained_again(
 
 def test_torn_trained_weights_are_trained_again(recipe: Path, finished: Path) -> None:
     _break_off(recipe)
-    trained = recipe.parent / "run" / "checkpoints" / "nested" / "trained.safetensors"
+    finished_training = recipe.parent / "run" / "checkpoints" / "nested" / "finished"
+    trained = finished_training / "trained.safetensors"
     trained.write_bytes(trained.read_bytes()[:-100])
     found, _ = go(recipe)
     whole = results.read(finished.parent / "run" / "results.json")

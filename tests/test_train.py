@@ -497,7 +497,8 @@ def test_without_any_whole_checkpoint_training_starts_again(
         seal.unlink()
     (training,) = workshop(**{"training.control": False}).train_all(tmp_path)
     assert [point.step for point in training.train_loss] == list(range(1, 9))
-    assert sorted(path.name for path in folder.iterdir()) == [
+    assert [path.name for path in folder.iterdir()] == ["finished"]
+    assert sorted(path.name for path in (folder / "finished").iterdir()) == [
         "complete",
         "trained.safetensors",
         "training.json",

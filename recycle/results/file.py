@@ -15,7 +15,7 @@ class ResultsError(ValueError):
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Write a file so that its path holds the old content or the new, never a part of it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.tmp")  # one name: left by a kill, written over
     try:
         with temporary.open("wb") as file:
             file.write(content)

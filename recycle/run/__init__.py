@@ -50,6 +50,7 @@ def run(resolved: Resolved, command: str, console: Console) -> Results:
     folder = run_folder(recipe)
     finished = previous_results(recipe, folder)
     if finished is not None:
+        shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)  # left there by a kill
         console.print(f"{folder} is finished; its results:")
         console.print(results.rich_table(finished))
         return finished
@@ -114,7 +115,7 @@ def run(resolved: Resolved, command: str, console: Console) -> Results:
         )
         report.write_report(record, folder)
         results.write(record, folder / RESULTS)
-        shutil.rmtree(folder / CHECKPOINTS)
+        shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)  # by another process as well
     console.print(results.rich_table(record))
     console.print(f"Report: {folder / 'report.md'}")
     return record

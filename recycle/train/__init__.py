@@ -38,8 +38,8 @@ __all__ = [
     "writing",
 ]
 
-RECORD = "training.json"  # written when an adapter's training is finished
-WEIGHTS = "trained.safetensors"
+FINISHED = "finished"  # folder of a finished training: its seal makes it one
+RECORD, WEIGHTS = "training.json", "trained.safetensors"
 
 
 def train(
@@ -60,9 +60,10 @@ def train(
     Raises:
         TrainingError: A loss or a prefix's gradient is missing or not finite.
     """
-    if (folder / RECORD).is_file() and is_whole(folder):
-        set_peft_model_state_dict(model, load_file(folder / WEIGHTS), adapter_name=job.adapter)
-        return Training.model_validate_json((folder / RECORD).read_text())
+    finished = folder / FINISHED
+    if is_whole(finished):
+        set_peft_model_state_dict(model, load_file(finished / WEIGHTS), adapter_name=job.adapter)
+        return Training.model_validate_json((finished / RECORD).read_text())
     total = steps(recipe)
     tokens = total * recipe.training.batch_size * recipe.data.block_size
     log: list[dict[str, Any]] = []
@@ -86,13 +87,14 @@ def train(
         curve=tuple(CurvePoint.model_validate(x["curve"]) for x in log if "curve" in x),
         train_loss=tuple(LossPoint.model_validate(x["train"]) for x in log if "train" in x),
     )
-    folder.mkdir(parents=True, exist_ok=True)
-    with writing(folder / WEIGHTS):
-        save_file(_adapter_state(model, job.adapter), folder / WEIGHTS)
-        write_atomically(folder / RECORD, record.model_dump_json().encode())
-        for unneeded in folder.glob("checkpoint-*"):
-            shutil.rmtree(unneeded)
-        seal(folder)
+    shutil.rmtree(finished, ignore_errors=True)  # of a process that was killed
+    with writing(finished):
+        finished.mkdir(parents=True)
+        save_file(_adapter_state(model, job.adapter), finished / WEIGHTS)
+        write_atomically(finished / RECORD, record.model_dump_json().encode())
+        seal(finished)
+    for unneeded in folder.glob("checkpoint-*"):  # only now: up to the seal they are needed
+        shutil.rmtree(unneeded)
     return record
 
 

@@ -105,8 +105,7 @@ class StreamTrainer(SFTTrainer):
         )
         self.pop_callback(PrinterCallback)
         # Every micro-batch has the same number of predicted tokens, so the mean over micro-batches
-        # is the mean over
-        # tokens, and Trainer divides by the number of micro-batches itself.
+        # is the mean over tokens, and Trainer divides by the number of micro-batches itself.
         self.model_accepts_loss_kwargs = False
         wrong = [
             n for n, p in model.named_parameters() if p.requires_grad and p.dtype != torch.float32

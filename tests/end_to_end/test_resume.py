@@ -2,9 +2,10 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
-import time
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,39 +13,40 @@ import pytest
 
 from recycle import results
 from recycle.results import Results
-from tests.runs import STEP_TOKENS, command, environment, recycle, write_recipe
+from tests.runs import STEP_TOKENS, environment, recycle, write_recipe
 
-# Long enough for a signal to arrive in the middle of each part.
 LONG: dict[str, Any] = {
     "training.tokens": 30 * STEP_TOKENS,
     "training.checkpoint_steps": 5,
     "training.validation_steps": 10,
-    "evaluation.speed": True,
-    "evaluation.prompt_tokens": 16,
-    "evaluation.new_tokens": 96,
 }
+# The command, which gets a signal just before it renames a file to the path that ends so, or
+# removes the folder there.
+STOPPED = """
+import os, signal, sys
+number, place = int(sys.argv.pop(1)), sys.argv.pop(1)
+def watch(event, arguments):
+    if event in ("os.rename", "shutil.rmtree"):
+        path = arguments[1] if event == "os.rename" else arguments[0]
+        if str(path).endswith(place):
+            os.kill(os.getpid(), number)
+sys.addaudithook(watch)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+from recycle.cli import main
+main()
+"""
 
 
-def start(folder: Path) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        command("run", "tiny.yaml"),
+def stopped(folder: Path, number: int, place: str) -> subprocess.CompletedProcess[str]:
+    """Run the recipe until it comes to `place`."""
+    return subprocess.run(
+        [sys.executable, "-c", STOPPED, str(int(number)), place, "run", "tiny.yaml"],
         cwd=folder,
         env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        capture_output=True,
         text=True,
+        timeout=240,
     )
-
-
-def stop_at(process: subprocess.Popen[str], sign: Path, signal_number: int) -> tuple[str, str]:
-    """Send a signal as soon as a file exists; what the process printed."""
-    deadline = time.monotonic() + 120
-    while not sign.exists():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-    process.send_signal(signal_number)
-    return process.communicate(timeout=60)
 
 
 def read(folder: Path) -> Results:
@@ -79,45 +81,59 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> 
 @pytest.mark.slow
 def test_killed_in_every_part(undisturbed: Results, tmp_path: Path, tiny_folder: Path) -> None:
     write_recipe(tmp_path, tiny_folder, **LONG)
-    checkpoints = tmp_path / "runs" / "tiny" / "checkpoints"
+    run = tmp_path / "runs" / "tiny"
+    nested, control = run / "checkpoints" / "nested", run / "checkpoints" / "control"
 
-    family = checkpoints / "nested"
-    stop_at(start(tmp_path), family / "checkpoint-10" / "complete", signal.SIGKILL)
-    assert not (family / "training.json").exists()
+    def kill(place: str) -> None:
+        done = stopped(tmp_path, signal.SIGKILL, place)
+        assert done.returncode == -signal.SIGKILL, (place, done.stdout, done.stderr)
 
-    control = checkpoints / "control"
-    stop_at(start(tmp_path), control / "checkpoint-15" / "complete", signal.SIGKILL)
-    assert (family / "training.json").exists()
-    assert not (control / "training.json").exists()
-
-    stop_at(start(tmp_path), control / "training.json", signal.SIGKILL)
-    assert not (tmp_path / "runs" / "tiny" / "results.json").exists()
-    trained = [json.loads((part / "training.json").read_text()) for part in (family, control)]
+    kill("nested/checkpoint-10/complete")  # written, and not yet sealed
+    assert sorted(path.name for path in nested.iterdir()) == ["checkpoint-10", "checkpoint-5"]
+    kill("nested/finished/training.json")
+    assert (nested / "checkpoint-30" / "complete").is_file()
+    kill("nested/checkpoint-30")  # removed where they are not needed any more
+    assert (nested / "finished" / "complete").is_file()
+    kill("control/checkpoint-15/complete")
+    kill("control/finished/complete")
+    assert not (run / "family.json").exists()
+    trained = [json.loads(_record(nested)), None]
+    kill("tiny/report.md")
+    assert (run / "family.json").is_file()
+    trained[1] = json.loads(_record(control))
+    kill("tiny/results.json")
+    assert not (run / "results.json").exists()
+    kill("tiny/checkpoints")
+    assert (run / "results.json").is_file()
 
     done = recycle("run", "tiny.yaml", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+    assert "is finished" in done.stdout
     found = read(tmp_path)
     assert_same(found, undisturbed)
-    # Only the comparison was done again.
+    # What was trained was not trained again.
     assert [training.model_dump(mode="json") for training in found.training] == trained
     left = [path for path in (tmp_path / "runs").rglob("*") if path.is_file()]
     assert not [path.name for path in left if path.suffix in (".bin", ".pt", ".pth", ".tmp")]
-    assert not (tmp_path / "runs" / "tiny" / "checkpoints").exists()
+    assert not (run / "checkpoints").exists()
+
+
+def _record(adapter: Path) -> str:
+    return (adapter / "finished" / "training.json").read_text()
 
 
 @pytest.mark.slow
 def test_stopped_by_the_user(undisturbed: Results, tmp_path: Path, tiny_folder: Path) -> None:
     write_recipe(tmp_path, tiny_folder, **LONG)
     family = tmp_path / "runs" / "tiny" / "checkpoints" / "nested"
-    process = start(tmp_path)
-    _, error = stop_at(process, family / "checkpoint-5" / "complete", signal.SIGINT)
-    assert process.returncode == 130
-    assert error == "recycle: Stopped. The same command goes on from the last checkpoint.\n"
-    assert not (family / "training.json").exists()
+    done = stopped(tmp_path, signal.SIGINT, "nested/checkpoint-10/complete")
+    assert done.returncode == 130
+    assert done.stderr == "recycle: Stopped. The same command goes on from the last checkpoint.\n"
+    assert not (family / "finished").exists()
 
-    # The newest checkpoint is torn as well, as if the machine had gone down.
-    newest = max(family.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
-    weights = next(newest.rglob("optimizer.pt"))
+    # The newest whole checkpoint is torn as well, as if the machine had gone down.
+    shutil.rmtree(family / "checkpoint-10", ignore_errors=True)
+    weights = next((family / "checkpoint-5").rglob("optimizer.pt"))
     os.truncate(weights, weights.stat().st_size // 2)
     done = recycle("run", "tiny.yaml", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
