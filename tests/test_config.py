@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 from peft import PeftConfig, PeftType
 
 from recycle.parscale import ParScaleConfig
@@ -61,3 +62,11 @@ def test_saved_and_read_again_it_is_equal(tmp_path):
 def test_a_wrong_value_is_named(fields, message):
     with pytest.raises(ValueError, match=message):
         ParScaleConfig(**fields)
+
+
+def test_start_token_ids_may_be_a_tensor(tmp_path):
+    tokens = torch.arange(12).view(2, 6)
+    config = ParScaleConfig(num_streams=2, num_virtual_tokens=6, start_token_ids=tokens)
+    assert config.start_token_ids == tokens.tolist()
+    config.save_pretrained(str(tmp_path))
+    assert PeftConfig.from_pretrained(str(tmp_path)).start_token_ids == tokens.tolist()

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import recycle
-from recycle.parscale import FamilyError, available_p, get_p, set_p
+from recycle.parscale import FamilyError, UnsupportedModelError, available_p, get_p, set_p
 from recycle.parscale.family import Family, load, member_state, save_family
 from recycle.parscale.fingerprint import fingerprint
 from tests.adapters import logits, scramble, stream_config, stream_model, token_ids
@@ -77,12 +77,12 @@ def test_a_loaded_family_gives_identical_logits_for_every_p(family):
     assert torch.equal(logits(model, IDS), expected["control"])
     with pytest.raises(FamilyError, match="'control' is active"):
         get_p(model)
-    assert not any(parameter.requires_grad for parameter in member_parameters(model, "control", 4))
-
-
-def member_parameters(model, *names):
-    set_p(model, names[-1])
-    return list(model.parameters())
+    for choose in (
+        lambda: model.set_adapter("control", inference_mode=True),
+        lambda: set_p(model, 4),
+    ):
+        choose()
+        assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
 @pytest.mark.parametrize("p", [1, 2, 4])
@@ -226,6 +226,68 @@ def test_a_trained_backbone_offers_no_p_1(broken):
         set_p(model, 1)
 
 
+def test_an_adapter_without_a_fingerprint_goes_by_shapes(tmp_path, backbone):
+    model = stream_model(AutoModelForCausalLM.from_pretrained(backbone, dtype=torch.float32))
+    model.save_pretrained(tmp_path / "plain")
+    assert torch.equal(logits(load(tmp_path / "plain"), IDS), logits(model, IDS))
+    deeper = save_tiny(tmp_path / "deeper", "llama", num_hidden_layers=3)
+    with pytest.raises(UnsupportedModelError, match="this LlamaForCausalLM has 3 attention mod"):
+        load(tmp_path / "plain", backbone=deeper)
+
+
+def test_the_home_folder(nested, backbone, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    shutil.copytree(backbone, tmp_path / "model")
+    shutil.copytree(nested[0], tmp_path / "run")
+    model = load("~/run", backbone="~/model", dtype=torch.float32)
+    assert torch.equal(logits(model, IDS), nested[1][4])
+
+
+def test_what_would_be_ignored_is_refused(nested):
+    with pytest.raises(FamilyError, match=r"leave out trust_remote_code and use_safetensors"):
+        load(nested[0], trust_remote_code=True, use_safetensors=False)
+    with pytest.raises(FamilyError, match=r"leave out the revision \('v2'\)"):
+        load(nested[0], revision="v2")
+
+
+# --- around the model -------------------------------------------------------------------------
+
+
+def test_a_wrapped_model_switches(family):
+    folder, expected = family
+    model = load(folder, dtype=torch.float32)
+    wrapped = torch.nn.ModuleDict({"module": model})
+    assert available_p(wrapped) == [1, 2, 4]
+    for p in (2, 1, 4):
+        set_p(wrapped, p)
+        assert get_p(wrapped) == get_p(model) == p
+        assert torch.equal(logits(model, IDS), expected[p])
+    set_p(wrapped, 2)
+    model.add_adapter("other", stream_config((2,), init="random"))  # PEFT activates what it noted
+    assert get_p(model) == 2
+
+
+def test_after_unload_only_what_is_on_the_model_counts(nested):
+    model = load(nested[0], dtype=torch.float32)
+    bare = model.unload()
+    bare.add_adapter(stream_config((2,), init="random"), "new")
+    assert available_p(bare) == available_p(model) == [1, 2]
+    with pytest.raises(FamilyError, match="offers P = 1, 2, got p=4"):
+        set_p(model, 4)
+
+
+def test_beside_another_method_the_streams_stand_aside(nested, tmp_path):
+    model = tiny_model("llama")
+    expected = logits(model, IDS)
+    model.load_adapter(str(nested[0] / "p4"), "p4")
+    model.add_adapter(LoraConfig(target_modules=["q_proj"]), "lora")
+    model.set_adapter("lora")  # untrained: it adds nothing
+    assert get_p(model) == 1
+    assert torch.equal(logits(model, IDS), expected)
+    set_p(model, 4)
+    assert torch.equal(logits(model, IDS), nested[1][4])
+
+
 # --- what is torn -----------------------------------------------------------------------------
 
 
@@ -325,6 +387,15 @@ def _(folder, backbone):
     return "adapter 'nested' do not fit its config; 4 tensors differ, first .*keys"
 
 
+@damage("a fingerprint is torn")
+def _(folder, backbone):
+    path = folder / "p4" / "adapter_config.json"
+    config = json.loads(path.read_text())
+    config["fingerprint"].pop("tensors")
+    path.write_text(json.dumps(config))
+    return "the fingerprint in adapter_config.json is torn .*'tensors'"
+
+
 def change_weights(folder, change):
     path = folder / "adapter_model.safetensors"
     state = load_file(path)
@@ -369,9 +440,8 @@ def test_what_is_no_family_is_refused(tmp_path, backbone):
     with pytest.raises(FamilyError, match="is a LORA adapter; recycle loads ParScale"):
         load(tmp_path / "lora")
     for function in (available_p, get_p, lambda model: set_p(model, 2)):
-        if function is not available_p:
-            with pytest.raises(FamilyError, match="has no ParScale adapter"):
-                function(lora)
+        with pytest.raises(FamilyError, match="has no ParScale adapter"):
+            function(lora)
 
 
 def test_a_p_outside_the_family_is_refused_before_anything_is_loaded(nested):

@@ -140,6 +140,13 @@ def test_truncated_files_are_named(folder: Path) -> None:
             fingerprint(folder)
 
 
+@pytest.mark.parametrize("header", [b"[]", b"null", b'{"x": {"shape": [1]}}', b'{"x": 3}'])
+def test_headers_of_another_kind_are_named(folder: Path, header: bytes) -> None:
+    (folder / SINGLE).write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(SourceError, match=r"model\.safetensors is truncated or not"):
+        fingerprint(folder)
+
+
 def test_torn_json_is_named(folder: Path) -> None:
     (folder / "config.json").write_text('{"model_type": "qwen2"')
     with pytest.raises(SourceError, match=r"config\.json is not valid JSON"):

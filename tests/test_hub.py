@@ -10,13 +10,16 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from recycle.parscale.family import save_family
 from recycle.parscale.fingerprint import fingerprint
-from tests.hub import Hub, hub_environment
+from tests.adapters import stream_model
+from tests.hub import TOKEN, Hub, hub_environment
 from tests.tiny import save_tiny, tiny_model
 
 PROLOGUE = """
@@ -119,6 +122,37 @@ print(json.dumps({name: outcome(*name.split("@")) for name in (
     assert not any("pytorch_model.bin" in request for request in hub.requests)
 
 
+def test_a_family_on_a_gated_backbone(hub: Hub, tmp_path: Path, tiny_folder: Path) -> None:
+    backbone = replace(fingerprint(tiny_folder), id="tiny/gated")
+    model = stream_model(tiny_model(), adapter_name="nested")
+    (tmp_path / "run").mkdir()
+    save_family(model, tmp_path / "run", backbone)
+    options = {"token": TOKEN, "cache_dir": str(tmp_path / "here")}
+    cached = options | {"local_files_only": True}
+
+    def load(*attempts: dict[str, Any]) -> Any:
+        script = f"""
+import recycle
+found = []
+for options in {attempts}:
+    try:
+        found.append(recycle.available_p(recycle.load("{tmp_path}/run", **options)))
+    except ValueError as error:
+        found.append(str(error))
+print(json.dumps(found))
+"""
+        return run(hub.url, tmp_path, script)
+
+    refused, *loaded = load({}, options, cached)
+    assert "'tiny/gated' is gated: accept its terms" in refused
+    assert loaded == [[1, 2, 4], [1, 2, 4]]
+    assert (tmp_path / "here" / "models--tiny--gated").is_dir()
+    assert not list((tmp_path / "huggingface").rglob("model.safetensors"))
+    count = len(hub.requests)
+    assert load(cached, cached) == loaded
+    assert hub.requests[count:] == []
+
+
 @pytest.mark.slow
 def test_without_the_server(hub: Hub, tmp_path: Path) -> None:
     script = """
@@ -140,4 +174,4 @@ print(json.dumps([*outcomes, time.monotonic() - started]))
     count = len(hub.requests)
     offline = run(hub.url, tmp_path, script, HF_HUB_OFFLINE="1")
     assert offline[:2] == [cached, missing]
-    assert len(hub.requests) == count
+    assert hub.requests[count:] == []

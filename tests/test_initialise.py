@@ -4,7 +4,13 @@ import pytest
 import torch
 from peft import get_peft_model
 
-from recycle.parscale import ParScaleConfig, start_from_text, start_token_ids
+from recycle.parscale import (
+    ParScaleConfig,
+    UnsupportedModelError,
+    start_from_text,
+    start_token_ids,
+)
+from recycle.parscale.prefix import StreamLayer
 from tests.adapters import logits, scramble, stream_config, stream_model, token_ids
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -30,6 +36,41 @@ def test_one_text_stream_is_the_backbone_after_that_text(model_type, attention):
     torch.testing.assert_close(
         logits(one_stream(backbone, start), IDS), expected, atol=1e-4, rtol=0
     )
+
+
+@pytest.mark.parametrize(
+    ("model_type", "sizes", "reason"),
+    [
+        ("ministral3", {"head_dim": 16}, "scaled by a token's position"),
+        ("diffllama", {}, "more than one pair of keys and values"),
+    ],
+)
+def test_where_a_text_start_would_be_another_function_it_is_refused(model_type, sizes, reason):
+    backbone = tiny_model(model_type, **sizes)
+    expected = logits(backbone, IDS)
+    with pytest.raises(UnsupportedModelError, match=reason):
+        get_peft_model(backbone, stream_config((2,)))
+    assert not any(isinstance(module, StreamLayer) for module in backbone.modules())
+    model = stream_model(backbone, heads=(2,), init="random")
+    assert not torch.equal(logits(model, IDS), expected)
+    with model.disable_adapter():
+        assert torch.equal(logits(model, IDS), expected)
+
+
+def test_a_text_without_finite_keys_is_refused():
+    backbone = tiny_model()
+    backbone.get_decoder().layers[1].self_attn.v_proj.bias.data[0] = float("inf")
+    with pytest.raises(UnsupportedModelError, match="on that text are not finite"):
+        get_peft_model(backbone, stream_config((2,)))
+
+
+def test_the_search_for_attention_leaves_modes_alone():
+    backbone = tiny_model().train()
+    quiet = backbone.get_decoder().layers[0].eval()
+    get_peft_model(backbone, stream_config((2,)))
+    assert backbone.training
+    assert backbone.get_decoder().layers[1].training
+    assert not quiet.training
 
 
 def test_with_learned_positions_text_and_start_share_positions_0_to_n():

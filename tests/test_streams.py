@@ -11,10 +11,10 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 from recycle.parscale import CacheError, get_p, set_p, shrink_cache, use_p
-from recycle.parscale.family import _decoder_streams
 from recycle.parscale.prefix import PREFIX_CHILD, ActiveStreams, forward_state
 from recycle.parscale.streams import choose_streams
-from tests.adapters import logits, scramble, stream_config, stream_model, token_ids
+from recycle.parscale.switch import _decoder_streams
+from tests.adapters import logits, scramble, stream_model, token_ids
 from tests.tiny import tiny_model
 
 TYPES = ["qwen2", "llama", "gpt2"]
@@ -110,6 +110,20 @@ def test_use_p_of_two_models_do_not_hide_each_other():
     assert (get_p(first), get_p(second)) == (4, 4)
 
 
+def test_use_p_that_ends_out_of_order_leaves_nothing_behind(model):
+    """As two tasks of one thread do."""
+    set_p(model, 4)
+    outer, inner = use_p(model, 2), use_p(model, 1)
+    outer.__enter__()
+    inner.__enter__()
+    outer.__exit__(None, None, None)
+    assert get_p(model) == 1
+    inner.__exit__(None, None, None)
+    assert get_p(model) == 4
+    set_p(model, 2)
+    assert get_p(model) == 2
+
+
 def test_use_p_ends_with_an_exception(model):
     set_p(model, 4)
     with pytest.raises(RuntimeError), use_p(model, 2):
@@ -146,6 +160,49 @@ def test_a_deep_copy_is_a_model_of_its_own(model):
     assert not torch.equal(logits(twin, ids), expected)
     assert get_p(model) == 4
     assert torch.equal(logits(model, ids), expected)
+
+
+# --- padding ----------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("p", [2, 4])
+def test_positions_do_not_count_left_padding(model, p):
+    set_p(model, p)
+    ids = token_ids(1, 6)
+    expected = logits(model, ids)
+    padded = torch.cat([token_ids(1, 3, seed=5), ids], dim=1)
+    mask = torch.tensor([[0] * 3 + [1] * 6])
+    first = model(padded, attention_mask=mask, use_cache=True)
+    close(first.logits[:, 3:], expected)
+    more = token_ids(1, 2, seed=6)
+    output = model(
+        more,
+        attention_mask=torch.cat([mask, torch.ones(1, 2, dtype=torch.long)], dim=1),
+        past_key_values=first.past_key_values,
+    )
+    close(output.logits, logits(model, torch.cat([ids, more], dim=1))[:, 6:])
+
+
+# --- hybrids ----------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_a_hybrid_of_attention_and_convolution():
+    """Its cache has layers without keys, which belong to the streams all the same."""
+    bare = tiny_model("lfm2", layer_types=["conv", "full_attention"], conv_L_cache=3)
+    ids = token_ids(2, 9)
+    expected = logits(bare, ids)
+    model = stream_model(bare)
+    for p in (1, 2, 4):
+        set_p(model, p)
+        whole = logits(model, ids, use_cache=False)
+        assert torch.equal(whole, expected) == (p == 1)
+        first = model(ids[:, :6], use_cache=True)
+        rest = model(ids[:, 6:], past_key_values=first.past_key_values)
+        close(torch.cat([first.logits, rest.logits], dim=1), whole)
+    with pytest.raises(CacheError, match="plain keys and values, got LinearAttentionLayer"):
+        shrink_cache(first.past_key_values, 2)
 
 
 # --- cache ------------------------------------------------------------------------------------
@@ -554,4 +611,3 @@ def test_two_models_alive_at_once_do_not_meet():
     logits(second, ids)
     assert torch.equal(logits(first, ids), expected)
     assert torch.equal(logits(bare, ids), bare_expected)
-    assert stream_config((2, 4)).heads == [2, 4]

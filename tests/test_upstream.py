@@ -201,6 +201,24 @@ def test_another_backbone_is_refused(tmp_path, change, message):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["reference"]
 
 
+def test_a_backbone_of_another_config_is_refused(tmp_path):
+    backbone = same_backbone(tmp_path)
+    config = json.loads((backbone / "config.json").read_text())
+    config |= {"rms_norm_eps": 0.5, "max_position_embeddings": 77, "use_cache": False}
+    (backbone / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"rms_norm_eps is 0\.5 there, 1e-06 in the ch") as e:
+        import_checkpoint(P2, tmp_path / "adapter", backbone=str(backbone))
+    assert "max_position" not in str(e.value)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["reference"]
+
+
+def test_an_imported_folder_may_move(tmp_path):
+    folder = import_checkpoint(P2, tmp_path / "adapter")
+    expected = logits(load(folder, dtype=torch.float32), IDS)
+    moved = folder.rename(tmp_path / "moved")
+    assert torch.equal(logits(load(moved, dtype=torch.float32), IDS), expected)
+
+
 # --- what is no checkpoint, or torn -----------------------------------------------------------
 
 
@@ -244,6 +262,8 @@ def cut_aggregator(folder):
 REFUSED = {
     "plain model": (lambda f: change_config(f, parscale_n=None), "lacks parscale_n"),
     "one stream": (lambda f: change_config(f, parscale_n=1), "parscale_n = 1: one stream"),
+    "no size": (lambda f: change_config(f, hidden_size=None), "lacks hidden_size"),
+    "P as text": (lambda f: change_config(f, parscale_n="2"), "whole numbers, got .*'parscale_n'"),
     "no config": (lambda f: (f / "config.json").unlink(), "has no config.json"),
     "torn config": (lambda f: (f / "config.json").write_text("{"), "config.json is not valid"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "weights must be safetensors"),

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .source import SourceError, SourceFiles, read_config, source_files
 
-REQUIRED = ("parscale_n", "parscale_n_tokens")
+REQUIRED = ("parscale_n", "parscale_n_tokens", "hidden_size", "num_hidden_layers")
 DOWNLOADED = ["*.json", "*.safetensors", "*.txt", "*.jinja"]
 
 
@@ -53,6 +53,9 @@ class Checkpoint:
                 f"{source} is no checkpoint in upstream's format: its config.json (model type "
                 f"{config.get('model_type')!r}) lacks {', '.join(missing)}."
             )
+        wrong = {key: config[key] for key in REQUIRED if not isinstance(config[key], int)}
+        if wrong:
+            raise CheckpointError(f"{files.config} must hold whole numbers, got {wrong}.")
         if config["parscale_n"] < 2:
             raise CheckpointError(
                 f"{source} has parscale_n = {config['parscale_n']}: one stream without a prefix is "

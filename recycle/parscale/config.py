@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from peft import PeftConfig, PeftType
 
 
@@ -21,7 +22,7 @@ class ParScaleConfig(PeftConfig):
             `start_token_ids[i]`; `"random"` from a normal distribution. Loading an adapter
             overwrites either.
         start_token_ids: `[num_streams][num_virtual_tokens]` token ids of real text, one text for
-            each stream.
+            each stream; a tensor of that shape is taken as well.
         decoder: Name of the decoder inside the causal LM; found at injection.
         hidden_size: Width D of the decoder's output; found at injection.
         attention_shapes: `[H, Dk, Dv]` (key-value heads, key and value head size) of every
@@ -78,6 +79,8 @@ class ParScaleConfig(PeftConfig):
             raise ValueError(f"smoothing lies in [0, 1), got {self.smoothing}.")
         if self.init not in ("text", "random"):
             raise ValueError(f"init is 'text' or 'random', got {self.init!r}.")
+        if isinstance(self.start_token_ids, torch.Tensor):
+            self.start_token_ids = self.start_token_ids.tolist()
         if self.start_token_ids is not None:
             lengths = [len(row) for row in self.start_token_ids]
             if lengths != [self.num_virtual_tokens] * self.num_streams:

@@ -1,23 +1,24 @@
-"""Adapters of several P on one backbone: load, switch, save.
+"""Adapters of several P on one backbone: load and save.
 
 In memory a nested family is one adapter whose heads are the values of P, and an independent family
-is one adapter for each P. How it lies on disk is in `folder.py`.
+is one adapter for each P. How it lies on disk is in `folder.py`, and how P is chosen in
+`switch.py`.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from peft import PeftModel, PeftModelForCausalLM, get_peft_model_state_dict
+from peft import PeftModelForCausalLM, get_peft_model_state_dict
 from peft.utils import set_peft_model_state_dict
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from .config import ParScaleConfig
 from .fingerprint import Fingerprint, SourceError, differences, fingerprint
 from .folder import (
+    BACKBONE,
+    CONFIG,
     CONTROL,
     FAMILY_FILE,
     NESTED,
@@ -30,8 +31,8 @@ from .folder import (
     read_members,
     write_adapter,
 )
-from .prefix import ActiveStreams, StreamLayer
-from .streams import DecoderStreams, choose_streams
+from .source import Access
+from .switch import listed, parscale_configs, set_p
 
 __all__ = [
     "CONTROL",
@@ -40,15 +41,13 @@ __all__ = [
     "Family",
     "FamilyError",
     "attach",
-    "available_p",
-    "get_p",
     "load",
     "member_state",
     "save_family",
-    "set_p",
-    "use_p",
     "write_adapter",
 ]
+
+ACCESS = tuple(Access.__annotations__)
 
 
 def load(
@@ -68,7 +67,8 @@ def load(
             id.
         revision: Revision of `source` on the Hub.
         backbone_options: Go to the backbone's `from_pretrained`: dtype, device_map,
-            quantization_config, attn_implementation, …
+            quantization_config, attn_implementation, … `token`, `cache_dir` and `local_files_only`
+            hold for `source` as well.
 
     Returns:
         A PEFT model in eval mode. `set_p` switches it; an adapter named "control", where the family
@@ -76,23 +76,35 @@ def load(
 
     Raises:
         FamilyError: The folder holds no family, a file of it is torn, it lacks `p`, or the backbone
-            is missing or another one than the family was trained on.
+            is missing or another one than the family was trained on. An adapter that PEFT's
+            `save_pretrained` wrote has no fingerprint: of its backbone only the shapes are checked.
     """
-    folder = find_folder(source, revision)
+    refused = sorted({"trust_remote_code", "use_safetensors"} & set(backbone_options))
+    if refused:
+        raise FamilyError(
+            "recycle.load reads safetensors only and runs no code from a model's repository; leave "
+            f"out {' and '.join(refused)}."
+        )
+    access: Any = {key: backbone_options[key] for key in ACCESS if key in backbone_options}
+    folder = find_folder(source, revision, access)
     family = Family.read(folder)
     offered = ([] if family.backbone_trained else [1]) + family.streams
     if p is not None and p not in offered:
-        raise FamilyError(f"{source} offers P = {_listed(offered)}, got p={p}.")
+        raise FamilyError(f"{source} offers P = {listed(offered)}, got p={p}.")
     members = read_members(folder, family)
-    location = str(backbone or family.backbone)
-    backbone_revision = None if backbone else family.revision
-    _check_backbone(members[0].config, location, backbone_revision, str(source))
+    location, backbone_revision = family.backbone, family.revision
+    if backbone is not None:
+        location, backbone_revision = str(Path(backbone).expanduser()), None
+    elif (folder / BACKBONE).is_dir():  # imported with it; the folder may have moved since
+        location = str(folder / BACKBONE)
+    _check_backbone(members[0].config, location, backbone_revision, str(source), access)
 
     model = AutoModelForCausalLM.from_pretrained(
         location,
         revision=backbone_revision or "main",
         trust_remote_code=False,
         use_safetensors=True,
+        adapter_kwargs=access,  # the same place is asked whether it is an adapter
         **backbone_options,
     )
     peft_model = attach(model, members, folder)
@@ -110,103 +122,6 @@ def attach(model: PreTrainedModel, members: list[Member], folder: Path) -> PeftM
     for member in members:
         _load_state(peft_model, member, folder)
     return peft_model.eval()
-
-
-def available_p(model: nn.Module) -> list[int]:
-    """The values of P that `set_p` takes on this model, ascending; 1 is the backbone itself."""
-    configs = _configs(model)
-    offered = {p for config in configs.values() for p in config.heads or [] if p > 1}
-    if not any(config.backbone_trained for config in configs.values()):
-        offered.add(1)
-    return sorted(offered)
-
-
-def get_p(model: nn.Module) -> int:
-    """The P that the next forward pass in this thread uses.
-
-    Raises:
-        FamilyError: A one-stream adapter such as the control is active, which is no member of the
-            family.
-    """
-    streams = _decoder_streams(model).selection()
-    if streams is not None and streams.num_streams == 1:
-        raise FamilyError(
-            f"Adapter {streams.adapter!r} is active: one stream with a prefix, which is not the "
-            "backbone (P = 1). Choose a P with recycle.set_p(model, p)."
-        )
-    return 1 if streams is None else streams.num_streams
-
-
-def set_p(model: nn.Module, p: int) -> None:
-    """Use `p` streams from the next forward pass on; 1 disables the adapters: the bare backbone.
-
-    A key-value cache belongs to the P that filled it; `shrink_cache` takes one down within a nested
-    family.
-
-    Args:
-        model: A PEFT model with ParScale adapters, or a transformers model into which they were
-            loaded.
-        p: One of `available_p(model)`.
-
-    Raises:
-        FamilyError: The family does not offer `p`.
-    """
-    streams = _find(model, p)
-    if streams is not None:
-        _decoder_streams(model).p[streams.adapter] = p
-    for module in model.modules():
-        if isinstance(module, StreamLayer):
-            module.enable_adapters(streams is not None)
-    if streams is None:
-        return
-    inference_mode = _configs(model)[streams.adapter].inference_mode
-    if isinstance(model, PeftModel):
-        model.set_adapter(streams.adapter, inference_mode=inference_mode)
-        return
-    for module in model.modules():
-        if isinstance(module, StreamLayer):
-            module.set_adapter(streams.adapter, inference_mode=inference_mode)
-
-
-@contextmanager
-def use_p(model: nn.Module, p: int) -> Iterator[None]:
-    """Use `p` streams inside a `with` block and in this thread only.
-
-    So two threads can run two Ps on one model.
-    """
-    with choose_streams(_decoder_streams(model), _find(model, p)):
-        yield
-
-
-def _configs(model: nn.Module) -> dict[str, ParScaleConfig]:
-    configs: dict[str, Any] = getattr(model, "peft_config", None) or {}
-    return {name: config for name, config in configs.items() if isinstance(config, ParScaleConfig)}
-
-
-def _decoder_streams(model: nn.Module) -> DecoderStreams:
-    for module in model.modules():
-        if isinstance(module, DecoderStreams):
-            return module
-    raise FamilyError(
-        f"{type(model).__name__} has no ParScale adapter. Load one with recycle.load(folder), or "
-        "add one with peft.get_peft_model(model, recycle.parscale.ParScaleConfig(...))."
-    )
-
-
-def _find(model: nn.Module, p: int) -> ActiveStreams | None:
-    layer = _decoder_streams(model)
-    offered = available_p(model)
-    if p not in offered:
-        raise FamilyError(f"This model offers P = {_listed(offered)}, got p={p}.")
-    if p == 1:
-        return None
-    names = sorted(layer.heads, key=lambda name: name not in layer.active_adapters)
-    name = next(name for name in names if p in layer.heads[name])
-    return ActiveStreams(name, p, (p,))
-
-
-def _listed(offered: list[int]) -> str:
-    return ", ".join(map(str, offered)) or "nothing but its one-stream adapter"
 
 
 def _adapter_state(model: PeftModelForCausalLM, adapter: str) -> dict[str, Tensor]:
@@ -237,7 +152,7 @@ def save_family(model: PeftModelForCausalLM, folder: Path, backbone: Fingerprint
     """
     sha256 = {}
     streams: list[int] = []
-    configs = _configs(model)
+    configs = parscale_configs(model)
     shared: dict[str, Any] = {
         "fingerprint": backbone.to_dict(),
         "base_model_name_or_path": backbone.id,
@@ -279,7 +194,7 @@ def _load_state(model: PeftModelForCausalLM, member: Member, folder: Path) -> No
 
 
 def _check_backbone(
-    config: ParScaleConfig, location: str, revision: str | None, source: str
+    config: ParScaleConfig, location: str, revision: str | None, source: str, access: Access
 ) -> None:
     if not location:
         raise FamilyError(
@@ -288,9 +203,14 @@ def _check_backbone(
         )
     if config.fingerprint is None:
         return
-    trained_on = Fingerprint.from_dict(config.fingerprint)
     try:
-        differing = differences(trained_on, fingerprint(location, revision))
+        trained_on = Fingerprint.from_dict(config.fingerprint)
+    except TypeError as error:
+        raise FamilyError(
+            f"{source}: the fingerprint in {CONFIG} is torn ({error}). Copy the whole folder again."
+        ) from None
+    try:
+        differing = differences(trained_on, fingerprint(location, revision, access))
     except SourceError as error:
         raise FamilyError(
             f"{source} was trained on the backbone {trained_on.id}, which cannot be read: {error}. "

@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from .source import SourceError, SourceFiles, read_config, source_files
+from .source import ANYONE, Access, SourceError, SourceFiles, read_config, source_files
 
 SLICES, SLICE_BYTES = 4, 64  # in each tensor: the first bytes, the last, and two slices between
 
@@ -69,18 +69,21 @@ class Fingerprint:
         return cls(**data)
 
 
-def fingerprint(source: str | os.PathLike[str], revision: str | None = None) -> Fingerprint:
+def fingerprint(
+    source: str | os.PathLike[str], revision: str | None = None, access: Access = ANYONE
+) -> Fingerprint:
     """Return the fingerprint of a model folder or of a model on the Hub.
 
     Args:
         source: a folder with config.json and safetensors, or a Hub id, whose files are downloaded
             unless they lie in the Hub's cache (loading the model needs the same files).
         revision: branch, tag or commit on the Hub; None for a folder.
+        access: how the Hub is reached.
 
     Raises:
         SourceError: no such folder or model, no access to it, or files that are missing or torn.
     """
-    return fingerprint_files(source_files(source, revision))
+    return fingerprint_files(source_files(source, revision, access))
 
 
 def fingerprint_files(files: SourceFiles) -> Fingerprint:
@@ -134,15 +137,15 @@ def _header(path: Path) -> Iterator[tuple[str, list[int], int, int]]:
             raise torn
         try:
             header = json.loads(stream.read(length))
-        except ValueError:
+            header.pop("__metadata__", None)
+            found = [(name, x["shape"], *x["data_offsets"]) for name, x in header.items()]
+        except (ValueError, TypeError, KeyError, AttributeError):
             raise torn from None
-    header.pop("__metadata__", None)
     data = 8 + length
-    for name, entry in header.items():
-        start, end = entry["data_offsets"]
+    for name, shape, start, end in found:
         if data + end > size:
             raise torn
-        yield name, entry["shape"], data + start, data + end
+        yield name, shape, data + start, data + end
 
 
 def _slices(stream: BinaryIO, start: int, end: int) -> Iterator[bytes]:

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .config import ParScaleConfig
+from .source import ANYONE, Access
 
 FAMILY_FILE = "family.json"
 FAMILY_VERSION = 1
@@ -25,6 +26,7 @@ NESTED = "nested"
 CONTROL = "control"
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
+BACKBONE = "backbone"  # folder of an imported adapter that brings its own
 
 
 class FamilyError(ValueError):
@@ -88,13 +90,18 @@ def _parse(path: Path) -> Family:
     )
 
 
-def find_folder(source: str | Path, revision: str | None) -> Path:
+def find_folder(source: str | Path, revision: str | None, access: Access = ANYONE) -> Path:
     """The local folder of `source`, a folder or a Hub id, which is downloaded.
 
     Raises:
         FamilyError: It is neither a run folder nor an adapter, or cannot be fetched.
     """
-    folder = Path(source)
+    folder = Path(source).expanduser()
+    if folder.is_dir() and revision is not None:
+        raise FamilyError(
+            f"A revision belongs to a Hub id, and {folder} is a folder: leave out the revision "
+            f"({revision!r})."
+        )
     if folder.is_dir():
         if not (folder / FAMILY_FILE).is_file() and not (folder / CONFIG).is_file():
             raise FamilyError(
@@ -104,7 +111,9 @@ def find_folder(source: str | Path, revision: str | None) -> Path:
         return folder
     patterns = ["*.json", "*.safetensors"]
     try:
-        return Path(snapshot_download(str(source), revision=revision, allow_patterns=patterns))
+        return Path(
+            snapshot_download(str(source), revision=revision, allow_patterns=patterns, **access)
+        )
     except (HFValidationError, LocalEntryNotFoundError, HfHubHTTPError) as error:
         raise FamilyError(
             f"{str(source)!r} is no folder here, and as a Hub id it could not be fetched: "

@@ -15,27 +15,27 @@ from .streams import STREAMS_CHILD, DecoderStreams, choose_streams
 
 
 class UnsupportedModelError(ValueError):
-    """The model has no attention that a prefix could enter."""
+    """The model has no attention that these prefixes, or this start of them, could enter."""
 
 
 @torch.no_grad()
 def _record(
     model: PreTrainedModel, token_ids: Tensor, position_ids: Tensor | None
-) -> tuple[dict[nn.Module, tuple[Tensor, Tensor]], Tensor]:
+) -> tuple[dict[nn.Module, list[tuple[Tensor, Tensor]]], Tensor]:
     """Run the backbone's decoder on tokens [B, S].
 
-    Returns each attention module's keys and values, and the decoder's output.
+    Returns the keys and values of each call of each attention module, and the decoder's output.
     """
     decoder = model.get_decoder()
-    recorded: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+    recorded: dict[nn.Module, list[tuple[Tensor, Tensor]]] = {}
 
     def record(module: nn.Module, key: Tensor, value: Tensor) -> None:
-        recorded.setdefault(module, (key, value))
+        recorded.setdefault(module, []).append((key, value))
 
     inputs: dict[str, Any] = {"input_ids": token_ids, "use_cache": False}
     if position_ids is not None:
         inputs["position_ids"] = position_ids
-    was_training = decoder.training
+    training = [module for module in decoder.modules() if module.training]
     decoder.eval()
     forward_state.record = record
     streams = decoder._modules.get(STREAMS_CHILD)
@@ -44,37 +44,64 @@ def _record(
             output = decoder(**inputs)
     finally:
         forward_state.record = None
-        decoder.train(was_training)
+        for module in training:
+            module.training = True
     return recorded, output[0]
 
 
 def locate_attention(model: PreTrainedModel, config: ParScaleConfig) -> None:
     """Find the decoder and its attention with a two-token pass and write them into `config`.
 
+    A config that has them already, from an adapter on disk or an earlier model, is compared.
+
     Raises:
-        UnsupportedModelError: No module calls transformers' attention interface.
+        UnsupportedModelError: No module calls transformers' attention interface, the decoder is no
+            module of its own, or `config` belongs to a model of another shape.
     """
     decoder = model.get_decoder()
     device = next(decoder.parameters()).device
     if device.type == "meta":
+        if config.attention_shapes is not None:
+            return
         raise UnsupportedModelError(
             "The backbone lies on the meta device, so its attention cannot be found by running it. "
             "Load its weights first, or pass a config that has attention_shapes."
         )
     recorded, output = _record(model, torch.tensor([[0, 1]], device=device), None)
     names = {module: name for name, module in model.named_modules()}
-    config.decoder = names[decoder]
-    config.hidden_size = output.shape[-1]
-    config.attention_shapes = {
+    name = type(model).__name__
+    if not names[decoder]:
+        raise UnsupportedModelError(
+            "Streams enter a decoder below the causal LM, before its output head; "
+            f"{name}.get_decoder() (model type {model.config.model_type!r}) is the model itself."
+        )
+    shapes = {
         names[module]: [key.shape[1], key.shape[-1], value.shape[-1]]
-        for module, (key, value) in recorded.items()
+        for module, ((key, value), *_) in recorded.items()
     }
-    if not config.attention_shapes:
+    if not shapes:
         raise UnsupportedModelError(
             "Streams need attention that goes through transformers' AttentionInterface; "
-            f"{type(model).__name__} (model type {model.config.model_type!r}) has none. Supported "
-            "are decoders with attention layers, such as Llama, Qwen, Mistral, Gemma, Phi or GPT-2."
+            f"{name} (model type {model.config.model_type!r}) has none. Supported are decoders "
+            "with attention layers, such as Llama, Qwen, Mistral, Gemma, Phi or GPT-2."
         )
+    found = {"decoder": names[decoder], "hidden_size": output.shape[-1], "attention_shapes": shapes}
+    for field, value in found.items():
+        expected = getattr(config, field)
+        if expected is not None and expected != value:
+            raise UnsupportedModelError(
+                f"An adapter fits one shape of backbone: its config has {field}={_brief(expected)},"
+                f" and this {name} has {_brief(value)}. Take the backbone it was made for, or a "
+                "new ParScaleConfig."
+            )
+        setattr(config, field, value)
+
+
+def _brief(value: Any) -> str:
+    if not isinstance(value, dict):
+        return repr(value)
+    shapes = sorted({tuple(shape) for shape in value.values()})
+    return f"{len(value)} attention modules ({next(iter(value))}, …) of [H, Dk, Dv] {shapes}"
 
 
 def start_token_ids(
@@ -127,29 +154,63 @@ def start_from_text(
 
     Raises:
         ValueError: `token_ids` are of another shape than the adapter, or not the model's.
+        UnsupportedModelError: What the model computes on a text depends on more than relative
+            positions, or is not one pair of keys and values for each attention module.
+    """
+    start_from(model, text_start(model, token_ids), adapter)
+
+
+def text_start(
+    model: PreTrainedModel, token_ids: Sequence[Sequence[int]] | Tensor
+) -> dict[nn.Module, tuple[Tensor, Tensor]]:
+    """Keys `[P, H, n, Dk]` and values `[P, H, n, Dv]` of texts `[P, n]` in each attention module.
+
+    Raises as `start_from_text` does.
     """
     check_token_ids(model, token_ids)
     decoder = model.get_decoder()
     tokens = torch.as_tensor(token_ids, device=next(decoder.parameters()).device)
-    n = tokens.shape[1]
+    rope = getattr(decoder.config, "rope_parameters", None)
     positions = None
-    if getattr(decoder.config, "rope_parameters", None) is not None:
-        positions = torch.arange(-n, 0, device=tokens.device).unsqueeze(0)
+    if rope is not None:
+        positions = torch.arange(-tokens.shape[1], 0, device=tokens.device).unsqueeze(0)
+    if rope is not None and "llama_4_scaling_beta" in rope:
+        raise _no_text_start(model, "its attention is scaled by a token's position")
     recorded, _ = _record(model, tokens, positions)
-    for module, (key, value) in recorded.items():
-        prefix = module._modules.get(PREFIX_CHILD)
-        if not isinstance(prefix, StreamPrefix):
-            continue
-        for dictionary, start in ((prefix.parscale_keys, key), (prefix.parscale_values, value)):
+    for (key, value), *again in recorded.values():
+        if any(not torch.equal(key, k) or not torch.equal(value, v) for k, v in again):
+            raise _no_text_start(model, "a module attends to more than one pair of keys and values")
+        if not (torch.isfinite(key).all() and torch.isfinite(value).all()):
+            raise _no_text_start(model, "its keys and values on that text are not finite")
+    return {module: calls[0] for module, calls in recorded.items()}
+
+
+def _no_text_start(model: PreTrainedModel, reason: str) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"Streams of model type {model.config.model_type!r} cannot start from text: {reason}. "
+        "Choose init='random'."
+    )
+
+
+def start_from(
+    model: PreTrainedModel, start: dict[nn.Module, tuple[Tensor, Tensor]], adapter: str
+) -> None:
+    """Set an adapter's prefixes to what `text_start` gives, and its aggregators to the mean."""
+    for module, tensors in start.items():
+        prefix = module._modules[PREFIX_CHILD]
+        assert isinstance(prefix, StreamPrefix)
+        for dictionary, tensor in zip(
+            (prefix.parscale_keys, prefix.parscale_values), tensors, strict=True
+        ):
             parameter = dictionary[adapter]
-            if parameter.shape != start.shape:
+            if parameter.shape != tensor.shape:
                 raise ValueError(
                     "A text start takes token ids [num_streams, num_virtual_tokens]; adapter "
                     f"{adapter!r} has {parameter.shape[0]} streams of {parameter.shape[2]} tokens, "
-                    f"got {tuple(tokens.shape)}."
+                    f"got {(tensor.shape[0], tensor.shape[2])}."
                 )
-            parameter.data.copy_(start)
-    streams = decoder._modules[STREAMS_CHILD]
+            parameter.data.copy_(tensor)
+    streams = model.get_decoder()._modules[STREAMS_CHILD]
     assert isinstance(streams, DecoderStreams)
     aggregator = streams.parscale_aggregator[adapter]
     assert isinstance(aggregator, Aggregator)

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .config import ParScaleConfig
-from .initialise import check_token_ids, locate_attention, start_from_text
+from .initialise import locate_attention, start_from, text_start
 from .prefix import PREFIX_CHILD, StreamLayer, StreamPrefix
 from .streams import STREAMS_CHILD, DecoderStreams
 
@@ -38,25 +38,6 @@ class ParScaleModel(BaseTuner):
         self, peft_config: PeftConfig, model_config: dict[str, Any]
     ) -> PeftConfig:
         return peft_config
-
-    def _prepare_model(self, peft_config: ParScaleConfig, model: PreTrainedModel) -> None:
-        if self._starts_from_text(peft_config):
-            if peft_config.start_token_ids is None:
-                raise ValueError(
-                    "init='text' needs start_token_ids: a list of num_virtual_tokens="
-                    f"{peft_config.num_virtual_tokens} token ids for each of the "
-                    f"{peft_config.num_streams} streams. Pass them, for example from "
-                    "recycle.parscale.start_token_ids(tokenizer, texts, num_virtual_tokens), or "
-                    "choose init='random'."
-                )
-            check_token_ids(model, peft_config.start_token_ids)
-        keep_gradients_of_4bit_layers(model)
-        if peft_config.attention_shapes is None:
-            locate_attention(model, peft_config)
-
-    @staticmethod
-    def _starts_from_text(config: ParScaleConfig) -> bool:
-        return config.init == "text" and not config.inference_mode
 
     @staticmethod
     def _check_target_module_exists(peft_config: ParScaleConfig, key: str) -> bool:
@@ -101,17 +82,30 @@ class ParScaleModel(BaseTuner):
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, torch.Tensor] | None = None,
     ) -> None:
-        if not adapter_name or "." in adapter_name or hasattr(nn.ModuleDict, adapter_name):
+        taken = any(hasattr(kind(), adapter_name) for kind in (nn.ModuleDict, nn.ParameterDict))
+        if not adapter_name or "." in adapter_name or taken:
             raise ValueError(
-                "An adapter's name has no dots and is no method of a torch module, got "
+                "An adapter's name has no dots and is no attribute of a torch module, got "
                 f"{adapter_name!r}. Take a name such as 'p4'."
             )
+        config = self.peft_config[adapter_name]
+        from_text = config.init == "text" and not config.inference_mode and not low_cpu_mem_usage
+        if from_text and config.start_token_ids is None:
+            raise ValueError(
+                "init='text' needs start_token_ids: a list of num_virtual_tokens="
+                f"{config.num_virtual_tokens} token ids for each of the {config.num_streams} "
+                "streams. Pass them, for example from recycle.parscale.start_token_ids(tokenizer, "
+                "texts, num_virtual_tokens), or choose init='random'."
+            )
+        keep_gradients_of_4bit_layers(model)
+        locate_attention(model, config)
+        # All that can be refused is refused before the model is changed.
+        start = text_start(model, config.start_token_ids) if from_text else None
         super().inject_adapter(
             model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict
         )
-        config = self.peft_config[adapter_name]
-        if self._starts_from_text(config) and not low_cpu_mem_usage:
-            start_from_text(model, config.start_token_ids, adapter_name)
+        if start is not None:
+            start_from(model, start, adapter_name)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """As in PEFT; and an adapter chosen by its name is in use, also after `set_p(model, 1)`.

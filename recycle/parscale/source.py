@@ -7,7 +7,7 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.errors import (
@@ -21,6 +21,17 @@ from huggingface_hub.errors import (
 )
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+class Access(TypedDict, total=False):
+    """How the Hub is reached, in the words of its library."""
+
+    token: str | bool | None
+    cache_dir: str | Path | None
+    local_files_only: bool
+
+
+ANYONE: Access = {}
 
 
 class SourceError(ValueError):
@@ -39,7 +50,9 @@ class SourceFiles:
     """The Hub could not be reached: what else is loaded must come from its cache."""
 
 
-def source_files(source: str | os.PathLike[str], revision: str | None = None) -> SourceFiles:
+def source_files(
+    source: str | os.PathLike[str], revision: str | None = None, access: Access = ANYONE
+) -> SourceFiles:
     """Find config.json and the safetensors files of a folder or Hub id; see `fingerprint`."""
     folder = Path(source).expanduser()
     if folder.is_dir():
@@ -55,7 +68,7 @@ def source_files(source: str | os.PathLike[str], revision: str | None = None) ->
             f"no such folder: {str(source)!r}; a backbone is a folder with config.json and "
             "safetensors, or a Hub id such as 'Qwen/Qwen2.5-3B'"
         )
-    return _on_hub(str(source), revision)
+    return _on_hub(str(source), revision, access)
 
 
 def looks_like_path(source: str) -> bool:
@@ -88,35 +101,36 @@ def _in_folder(folder: Path) -> tuple[Path, tuple[Path, ...]]:
     return config, weights
 
 
-def _on_hub(repo: str, revision: str | None) -> SourceFiles:
-    reached = _reach(repo, revision)
-    config = _download(repo, revision, "config.json", reached)
+def _on_hub(repo: str, revision: str | None, access: Access) -> SourceFiles:
+    reached = not access.get("local_files_only") and _reach(repo, revision, access.get("token"))
+    access = {**access, "local_files_only": not reached}
+    config = _download(repo, revision, "config.json", access)
     if config is None:
         raise SourceError(
             f"not a model that transformers can load, it has no config.json: {_named(repo)}"
         )
     commit = config.parent.name  # <cache>/models--owner--name/snapshots/<commit>/config.json
     names = [SINGLE]
-    weights = [_download(repo, commit, SINGLE, reached)]
+    weights = [_download(repo, commit, SINGLE, access)]
     if weights == [None]:
-        index = _download(repo, commit, INDEX, reached)
+        index = _download(repo, commit, INDEX, access)
         if index is None:
             raise SourceError(_no_safetensors(_named(repo)))
         names = _shards(index)
-        weights = [_download(repo, commit, shard, reached) for shard in names]
+        weights = [_download(repo, commit, shard, access) for shard in names]
     if None in weights:
         missing = names[weights.index(None)]
         raise SourceError(f"{INDEX} names {missing!r}, which is missing in {_named(repo)}")
     return SourceFiles(repo, commit, config, tuple(path for path in weights if path), not reached)
 
 
-def _reach(repo: str, revision: str | None) -> bool:
+def _reach(repo: str, revision: str | None, token: str | bool | None) -> bool:
     """Whether the Hub can be reached; raises if it has no such model or revision.
 
     Asked once and first: each later question to a Hub out of reach would cost its retries.
     """
     try:
-        HfApi().model_info(repo, revision=revision, timeout=10)
+        HfApi().model_info(repo, revision=revision, timeout=10, token=token)
     except HFValidationError:
         reason = (
             f"neither a folder nor a Hub id: {repo!r}; a backbone is a folder with config.json "
@@ -138,10 +152,10 @@ def _reach(repo: str, revision: str | None) -> bool:
     raise SourceError(reason)
 
 
-def _download(repo: str, revision: str | None, filename: str, reached: bool) -> Path | None:
+def _download(repo: str, revision: str | None, filename: str, access: Access) -> Path | None:
     """Return the file in the Hub's cache, downloaded if needed; None if the model has no such."""
     try:
-        path = hf_hub_download(repo, filename, revision=revision, local_files_only=not reached)
+        path = hf_hub_download(repo, filename, revision=revision, **access)
     except LocalEntryNotFoundError:
         if filename == SINGLE:  # not in the cache, as with a model in shards: ask for its index
             return None

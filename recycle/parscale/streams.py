@@ -13,13 +13,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import (
+    Cache,
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    StaticLayer,
+    StaticSlidingWindowLayer,
+)
 
 from .aggregator import Aggregator
 from .prefix import ActiveStreams, StreamLayer, forward_state
 
 STREAMS_CHILD = "streams"
 SUPPORTED_ATTENTION = ("sdpa", "eager")
+# Layers of a cache that are nothing but keys and values, so that fewer streams are a slice.
+_PLAIN_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer)
 
 
 class CacheError(ValueError):
@@ -66,16 +75,23 @@ def shrink_cache(cache: Cache, p: int) -> None:
 
     Raises:
         CacheError: The cache holds fewer streams, or `p` is 1: the backbone's keys and values are
-            none of the streams'.
+            none of the streams'. Or it holds more than keys and values, such as the states of
+            linear attention.
     """
     have = getattr(cache, "num_streams", 1)
+    other = {type(layer).__name__ for layer in cache.layers if type(layer) not in _PLAIN_LAYERS}
+    if other:
+        raise CacheError(
+            "A cache can be cut where its layers hold plain keys and values, got "
+            f"{', '.join(sorted(other))}. Start with a new cache."
+        )
     if not 2 <= p <= have:
         raise CacheError(
             f"A cache can be cut to 2 streams or more, up to its own number of {have}, got p={p}. "
             "For the backbone (P = 1) start with a new cache."
         )
     for layer in cache.layers:
-        if layer.is_initialized and getattr(layer, "keys", None) is not None:
+        if layer.keys is not None:  # filled
             layer.keys = layer.keys[:, : layer.keys.shape[1] * p // have]
             layer.values = layer.values[:, : layer.values.shape[1] * p // have]
     cache.num_streams = p
@@ -85,9 +101,7 @@ def _check_cache(cache: Cache | None, p: int) -> None:
     if cache is None:
         return
     have = getattr(cache, "num_streams", 1)
-    filled = any(
-        layer.is_initialized and getattr(layer, "keys", None) is not None for layer in cache.layers
-    )
+    filled = any(getattr(layer, "keys", None) is not None for layer in cache.layers)
     if filled and have != p:
         raise CacheError(
             f"The cache was filled with P = {have}, but P = {p} is in use. Go on with P = {have}, "
@@ -142,14 +156,15 @@ class DecoderStreams(nn.Module, StreamLayer):
         for layer, streams in forward_state.choices:
             if layer is self:
                 return streams
-        if self.disable_adapters or not self.active_adapters:
+        active = [name for name in self.active_adapters if name in self.p]  # not another method's
+        if self.disable_adapters or not active:
             return None
-        if len(self.active_adapters) > 1:
+        if len(active) > 1:
             raise ValueError(
-                f"One ParScale adapter can be active at a time, got {self.active_adapters}. Choose "
-                "one with model.set_adapter(name)."
+                f"One ParScale adapter can be active at a time, got {active}. Choose one with "
+                "model.set_adapter(name)."
             )
-        adapter = self.active_adapters[0]
+        adapter = active[0]
         return ActiveStreams(adapter, self.p[adapter], (self.p[adapter],))
 
     def _replicate(
@@ -174,6 +189,14 @@ class DecoderStreams(nn.Module, StreamLayer):
             )
         text = kwargs.get("input_ids")
         text = kwargs["inputs_embeds"] if text is None else text
+        mask = kwargs.get("attention_mask")
+        if (
+            kwargs.get("position_ids") is None
+            and "position_ids" in self._argument_names
+            and isinstance(mask, Tensor)
+            and mask.ndim == 2
+        ):
+            kwargs["position_ids"] = _positions(mask, text.shape[1])
         for name, value in kwargs.items():
             kwargs[name] = _replicate_value(name, value, text.shape[0], p)
 
@@ -206,6 +229,15 @@ class DecoderStreams(nn.Module, StreamLayer):
         if output.get("hidden_states") is not None:
             output.hidden_states = (*output.hidden_states[:-1], merged)
         return output
+
+
+def _positions(mask: Tensor, length: int) -> Tensor:
+    """Positions `[B, S]` of the last tokens of a mask `[B, K]`, counted without padding.
+
+    A prefix carries no rotary embedding, so other than in the backbone it matters that the text
+    starts at 0.
+    """
+    return (mask.long().cumsum(dim=-1) - 1).clamp(min=0)[:, -length:]
 
 
 def _replicate_value(name: str, value: Any, batch: int, p: int) -> Any:
@@ -255,11 +287,13 @@ def _carry_streams_into_recomputation(decoder: PreTrainedModel) -> None:
 def choose_streams(layer: DecoderStreams, streams: ActiveStreams | None) -> Iterator[None]:
     """Run `streams` (None: the backbone) through `layer`, whatever the model is set to.
 
-    It holds inside the `with` block and in this thread only.
+    It holds inside the `with` block and in this thread only. Blocks of one thread nest; one that
+    awaits or yields in the middle lets its choice out into what runs meanwhile.
     """
-    previous = forward_state.choices
-    forward_state.choices = ((layer, streams), *previous)
+    choice = (layer, streams)
+    forward_state.choices = (choice, *forward_state.choices)
     try:
         yield
     finally:
-        forward_state.choices = previous
+        # By identity: tasks and generators may end their blocks in another order.
+        forward_state.choices = tuple(x for x in forward_state.choices if x is not choice)

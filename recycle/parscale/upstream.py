@@ -11,16 +11,18 @@ import shutil
 import tempfile
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import Qwen2Config
 
 from .checkpoint import Checkpoint, CheckpointError, model_files, read_tensor, tensor_files
 from .config import ParScaleConfig
 from .fingerprint import fingerprint
-from .folder import write_adapter
-from .source import INDEX
+from .folder import BACKBONE, write_adapter
+from .source import INDEX, read_config
 
 __all__ = ["Checkpoint", "CheckpointError", "compare_backbone", "import_checkpoint"]
 
@@ -29,6 +31,14 @@ _AGGREGATOR = re.compile(r"model\.aggregate_layer\.([02])\.(weight|bias)$")
 _AGGREGATOR_NAMES = {"0": "hidden", "2": "output"}
 _KV_NAMES = {"k": "parscale_keys", "v": "parscale_values"}
 _TOKENIZER = ("token*", "vocab*", "merges*", "special_tokens*", "chat_template*")
+_COMPUTED = (
+    "hidden_act",
+    "layer_types",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "rms_norm_eps",
+    "rope_parameters",
+)
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
@@ -62,11 +72,11 @@ def import_checkpoint(
     if backbone is not None and backbone_out is not None:
         raise CheckpointError("Name either the backbone or where to write it, not both.")
     written_out = Path(backbone_out) if backbone_out is not None else None
-    if written_out is not None and written_out.resolve() == (out / "backbone").resolve():
+    if written_out is not None and written_out.resolve() == (out / BACKBONE).resolve():
         written_out = None  # the default, written with the adapter
     elif written_out is not None and written_out.resolve().is_relative_to(out.resolve()):
         raise CheckpointError(
-            f"The backbone goes beside the adapter's folder {out}, or to {out / 'backbone'}, got "
+            f"The backbone goes beside the adapter's folder {out}, or to {out / BACKBONE}, got "
             f"{written_out}."
         )
     for path in (out, written_out):
@@ -77,7 +87,7 @@ def import_checkpoint(
     checkpoint = Checkpoint.open(source, revision)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as scratch:
-        adapter, plain = Path(scratch) / "adapter", Path(scratch) / "adapter" / "backbone"
+        adapter, plain = Path(scratch) / "adapter", Path(scratch) / "adapter" / BACKBONE
         config, state = _adapter(checkpoint)
         if backbone is not None:
             compare_backbone(checkpoint, backbone)
@@ -85,7 +95,7 @@ def import_checkpoint(
         else:
             write_backbone(checkpoint, plain)
             config.backbone_trained = True
-            final = (written_out or out / "backbone").resolve()
+            final = (written_out or out / BACKBONE).resolve()
             identity = replace(fingerprint(plain), id=str(final))
         config.base_model_name_or_path = identity.id
         config.revision = identity.revision
@@ -204,19 +214,31 @@ def _copy(source: Path, target: Path, patterns: tuple[str, ...]) -> None:
 
 
 def compare_backbone(checkpoint: Checkpoint, backbone: str) -> None:
-    """Check by shapes and weights that `backbone` is the model inside the checkpoint.
+    """Check by config, shapes and weights that `backbone` is the model inside the checkpoint.
 
     Weights of two precisions are compared in the lower one.
 
     Raises:
-        CheckpointError: It is another model; says by how many tensors and which is the first.
+        CheckpointError: It is another model; says in what, by how many tensors and which is the
+            first.
     """
-    ours = tensor_files(model_files(checkpoint.folder))
-    theirs = tensor_files(model_files(backbone))
-    names = {name for name in ours.keys() | theirs.keys() if not _is_new(name)}
+    files = model_files(backbone)
+    ours, theirs = (_computed(x) for x in (checkpoint.config, read_config(files)))
+    other = [
+        f"{key} is {theirs[key]} there, {ours[key]} in the checkpoint"
+        for key in ours
+        if ours[key] != theirs[key]
+    ]
+    if other:
+        raise CheckpointError(
+            f"{backbone} is not the model inside {checkpoint.folder}: in config.json, "
+            f"{'; '.join(other)}."
+        )
+    held = [tensor_files(model_files(checkpoint.folder)), tensor_files(files)]
+    names = {name for name in held[0].keys() | held[1].keys() if not _is_new(name)}
     wrong = []
     for name in sorted(names):
-        difference = _difference(*(_stored(name, files) for files in (ours, theirs)))
+        difference = _difference(*(_stored(name, files) for files in held))
         if difference:
             wrong.append(f"{name} {difference}")
     if wrong:
@@ -225,6 +247,12 @@ def compare_backbone(checkpoint: Checkpoint, backbone: str) -> None:
             f"tensors are not the same; first: {wrong[0]}. If the checkpoint's backbone was "
             "trained with its streams, take it out of the checkpoint with --backbone-out DIR."
         )
+
+
+def _computed(config: dict[str, Any]) -> dict[str, Any]:
+    """What decides the outputs besides the weights, with transformers' defaults filled in."""
+    whole = Qwen2Config.from_dict(config).to_dict()
+    return {key: whole[key] for key in _COMPUTED}
 
 
 def _stored(name: str, files: dict[str, Path]) -> Tensor | None:
