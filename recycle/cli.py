@@ -80,11 +80,17 @@ def show(target: Target, overrides: Overrides = None) -> None:
 
 @app.command()
 def eval(
-    source: Run,
+    source: Annotated[str, typer.Argument(metavar="RUN", help="The folder of a finished run.")],
     out: Annotated[
         str | None, typer.Option(help="Write the new results to this JSON file; must not exist.")
     ] = None,
-    overrides: Overrides = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[KEY=VALUE]...",
+            help="Set a field of evaluation or launch (evaluation.batch_size=8).",
+        ),
+    ] = None,
 ) -> None:
     """Measure a finished run again: the same adapters on the same documents, on this machine."""
     _quiet_libraries()

@@ -5,7 +5,8 @@ Dimensions: B documents, S tokens of a block, V vocabulary.
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -82,10 +83,8 @@ def document_losses(
         Losses by contender's name, in the documents' order.
     """
     losses: dict[str, list[float]] = {contender.name: [] for contender in models}
-    was_training = model.training
-    model.eval()
     device = next(model.parameters()).device
-    try:
+    with _eval_mode(model):
         for group in passes(models):
             streams = _together(group)
             for start in range(0, len(documents), batch_size):
@@ -98,9 +97,17 @@ def document_losses(
                     for row in tokens:
                         losses[contender.name].append(_mean_loss(next(rows), row))
                 advance(tokens.numel() * (1 if streams is None else streams.num_streams))
+    return losses
+
+
+@contextmanager
+def _eval_mode(model: nn.Module) -> Iterator[None]:
+    was_training = model.training
+    model.eval()
+    try:
+        yield
     finally:
         model.train(was_training)
-    return losses
 
 
 def _together(group: Sequence[Contender]) -> ActiveStreams | None:
@@ -127,20 +134,16 @@ def speeds(
 
     Medians over `REPEATS` runs after a warm-up, in text tokens per second.
     """
-    was_training = model.training
-    model.eval()
     device = next(model.parameters()).device
     vocabulary = model.get_input_embeddings().num_embeddings  # type: ignore
     prompt = (torch.arange(prompt_tokens, device=device) % vocabulary).unsqueeze(0)
     measured: dict[str, list[tuple[float, float]]] = {contender.name: [] for contender in models}
-    try:
+    with _eval_mode(model):
         for _ in range(REPEATS + 1):
             for contender in models:
                 with choose_streams(layer, contender.streams):
                     measured[contender.name].append(_time(model, prompt, new_tokens))
                 advance(1)
-    finally:
-        model.train(was_training)
     return {
         name: Speed(  # the first run is a warm-up
             prefill_tokens_per_second=prompt_tokens / statistics.median(x for x, _ in runs[1:]),
@@ -176,7 +179,7 @@ def kv_bytes_per_token(
     held = {}
     for contender in models:
         cache = DynamicCache(config=model.get_decoder().config)  # type: ignore
-        with choose_streams(layer, contender.streams):
+        with _eval_mode(model), choose_streams(layer, contender.streams):
             model(input_ids=tokens, past_key_values=cache)
         layers = [x for x in cache.layers if getattr(x, "keys", None) is not None]
         held[contender.name] = sum(x.keys.nbytes + x.values.nbytes for x in layers) // 2

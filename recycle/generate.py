@@ -1,9 +1,10 @@
 """Text from a finished run, streamed to standard output."""
 
+from peft import PeftConfig
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, TextStreamer
 
 from .parscale import load
-from .parscale.family import FamilyError
+from .parscale.folder import FamilyError, find_folder
 
 
 def generate_text(source: str, prompt: str, p: int | None, max_new_tokens: int, chat: bool) -> None:
@@ -20,11 +21,7 @@ def generate_text(source: str, prompt: str, p: int | None, max_new_tokens: int, 
         FamilyError: See `recycle.load`; or there is no tokenizer, or it has no chat template.
     """
     model = load(source, p)
-    config = model.peft_config[model.active_adapter]
-    backbone = config.base_model_name_or_path
-    tokenizer = _tokenizer(source, None) or _tokenizer(backbone, config.revision)
-    if tokenizer is None:
-        raise FamilyError(f"Neither {source} nor its backbone {backbone} has a tokenizer.")
+    tokenizer = _tokenizer(source, model.peft_config[model.active_adapter])
     if chat and tokenizer.chat_template is None:
         raise FamilyError(f"The tokenizer of {source} has no chat template; leave out --chat.")
     if chat:
@@ -38,13 +35,20 @@ def generate_text(source: str, prompt: str, p: int | None, max_new_tokens: int, 
     model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, streamer=streamer)
 
 
-def _tokenizer(source: str, revision: str | None) -> PreTrainedTokenizerBase | None:
-    """The tokenizer of a folder or Hub id; None where there is none."""
+def _tokenizer(source: str, config: PeftConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer in a run's folder or, where that has none, the backbone's."""
+    folder = find_folder(source, None)
+    own = any(folder.glob("tokenizer*"))
+    where = str(folder) if own else str(config.base_model_name_or_path)
+    revision = None if own else config.revision
     try:
         tokenizer = AutoTokenizer.from_pretrained(
-            source, revision=revision or "main", trust_remote_code=False
+            where, revision=revision or "main", trust_remote_code=False
         )
-    except (OSError, ValueError, TypeError, ImportError):
-        return None
+    except (OSError, ValueError, TypeError, ImportError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise FamilyError(f"The tokenizer in {where} cannot be read: {reason}") from None
     # Where no tokenizer file is, some model types get an empty tokenizer rather than an error.
-    return None if len(tokenizer) <= len(tokenizer.all_special_tokens) else tokenizer
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
+        raise FamilyError(f"Neither {source} nor its backbone {where} has a tokenizer.")
+    return tokenizer

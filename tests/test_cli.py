@@ -64,7 +64,8 @@ def test_run(home: Path) -> None:
     printed = (home / "run.out").read_text()
     record = results.read(home / "runs/tiny/results.json")
     assert "Recipe: recipe file tiny.yaml" in printed
-    assert "for training on 1,024 tokens and the comparison" in printed
+    tokens = "for training nested on 1,024 tokens, control on 1,024 tokens, and the comparison"
+    assert tokens in printed
     assert printed.index("Expected: ") < printed.index("nested: 0 tokens, validation loss P = 2")
     assert "control: 1,024 tokens, validation loss control" in printed
     rows = printed[printed.index("± se") :].splitlines()
@@ -212,7 +213,7 @@ def test_unknown_models_and_data(recycle: Recycle, home: Path) -> None:
     other = "output.dir=runs/other"
     assert_refused(recycle("run", "tiny.yaml", other, "backbone.id=./nothing"), "nothing")
     assert_refused(recycle("run", "tiny.yaml", other, "backbone.id=tiny/nothing"), "tiny/nothing")
-    assert_refused(recycle("run", "tiny.yaml", other, "data.path=nothing"), "data.path=nothing")
+    assert_refused(recycle("run", "tiny.yaml", other, "data.path=nothing"), f"{home}/nothing")
     assert_refused(
         recycle("run", "tiny.yaml", other, "training.tokens=20M"),
         "asks for 20_000_000 tokens",
@@ -258,17 +259,23 @@ def test_torn_adapters(recycle: Recycle, home: Path, tmp_path: Path) -> None:
         assert_refused(recycle(*arguments), FAMILY_FILE)
 
 
-def test_generate_refuses(recycle: Recycle) -> None:
+def test_generate_refuses(recycle: Recycle, tmp_path: Path) -> None:
     refused = recycle("generate", "runs/tiny", "--prompt", "a", "--p", 3)
     assert_refused(refused, "offers P = 1, 2, 4, got p=3")
     assert_refused(recycle("generate", "runs/nothing", "--prompt", "a"), "runs/nothing")
     assert_refused(recycle("generate", "texts", "--prompt", "a"), FAMILY_FILE)
     assert_refused(recycle("generate", "runs/tiny", "--prompt", ""), "The prompt has no tokens")
+    shutil.copytree("runs/tiny", tmp_path / "torn")
+    (tmp_path / "torn" / "tokenizer.json").write_text('{"version": "1.0"')
+    torn = recycle("generate", tmp_path / "torn", "--prompt", "a")
+    assert_refused(torn, f"The tokenizer in {tmp_path / 'torn'} cannot be read")
 
 
 def test_eval_refuses(recycle: Recycle, tmp_path: Path) -> None:
     assert_refused(recycle("eval", "texts"), "texts is no finished run")
     assert_refused(recycle("eval", "runs/tiny", "training.tokens=5"), "training.tokens")
+    other = recycle("eval", "runs/tiny", "output.dir=x", "logging.steps=3", "evaluation.speed=true")
+    assert_refused(other, "fields of evaluation and launch only, got output.dir, logging.steps.")
     assert_refused(
         recycle("eval", "runs/tiny", "--out", tmp_path / "no" / "new.json"), "there is no folder"
     )

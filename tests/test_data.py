@@ -252,6 +252,17 @@ def test_no_warning_about_long_texts(
     assert captured.out + captured.err == ""
 
 
+def test_folders_that_all_files_share_are_no_group(tmp_path: Path, tokenizer: Any) -> None:
+    """As in src/package/..."""
+    write_folder(tmp_path / "src" / "package" / "inner")
+    (tmp_path / "src" / "package" / "inner" / "README").write_text(page("readme"))
+    splits = read(config(path=str(tmp_path / "src")), tokenizer)
+    assert {document.group[0] for document in splits.test + splits.validation} <= {"g", "R"}
+    assert len({document.group for document in splits.test}) > 1
+    shallow = read(config(path=str(tmp_path / "src" / "package" / "inner")), tokenizer)
+    assert [document.name for document in splits.test] == [d.name for d in shallow.test]
+
+
 def test_a_large_group_neither_dominates_evaluation_nor_starves_training(
     tmp_path: Path, tokenizer: Any
 ) -> None:

@@ -125,10 +125,10 @@ def test_cycle_prints_the_chain() -> None:
 
 
 def test_command_line_wins_and_reads_lists_and_mapping_entries() -> None:
-    resolved = least("streams=8,2,4", "training.loss_weights.4=2", "method.nested=false")
+    resolved = least("streams=8,2,4", "training.loss_weights.4=2", "training.control=false")
     assert resolved.recipe.streams == (2, 4, 8)
     assert resolved.recipe.training.loss_weights == {4: 2.0}
-    assert resolved.recipe.method.nested is False
+    assert resolved.recipe.training.control is False
     assert resolved.origins["training.loss_weights.4"] == "command line"
     assert least("streams=8").recipe.streams == (8,)
     assert least("streams=[2, 8]").recipe.streams == (2, 8)
@@ -390,7 +390,7 @@ def test_contradictions_name_both_origins() -> None:
         "training.micro_batch_size = 3 (command line), training.batch_size = 8 (base.yaml:12): "
         "micro_batch_size must divide batch_size",
         "training.loss_weights.4 = 2.0 (base.yaml:13), streams = [8] (command line): "
-        "only the numbers in streams have a weight in the loss",
+        "only the numbers in streams have a weight in the loss (null drops them all)",
     ]
     assert found[2].startswith(
         "data.subset = x (command line), data.source = files (base.yaml:5): subset belongs to hub; "
@@ -408,6 +408,7 @@ def test_contradictions_name_both_origins() -> None:
         (["data.path=null"], "files needs data.path"),
         (["data.source=hub", "data.path=null"], "hub needs data.path"),
         (["training.loss_weights.2=0", "training.loss_weights.4=0"], "at least one weight"),
+        (["training.loss_weights.2=1", "method.nested=false"], "weights share out one loss"),
         (["backbone=smollm2-135m-instruct-q4", "backbone.revision=x"], "only a model on the Hub"),
     ],
 )
@@ -426,6 +427,22 @@ def test_rules_between_fields_pass_over_a_value_that_is_wrong_itself() -> None:
 def test_a_zero_weight_beside_another_and_dividing_batches_are_fine() -> None:
     recipe = least("training.loss_weights.2=0", "training.micro_batch_size=4").recipe
     assert recipe.training.loss_weights == {2: 0.0}
+
+
+def test_a_file_that_cannot_be_parsed_is_the_only_problem() -> None:
+    write("torn.yaml", "streams: [2, 4\n")
+    (problem,) = problems("torn.yaml")
+    assert problem.startswith("torn.yaml:2: not valid YAML")
+    write("base.yaml", "include: torn\nstreems: 2\n")
+    assert [line.partition(": ")[0] for line in problems("base.yaml")] == [
+        "torn.yaml:2",
+        "base.yaml:2",
+    ]
+
+
+def test_an_empty_list_is_refused_in_our_words() -> None:
+    (problem,) = problems(write("least.yaml", LEAST), "data=stdlib", "data.packages=[]")
+    assert problem == "command line: data.packages = []: must have at least 1 item"
 
 
 # --- target ------------------------------------------------------------------------------------
@@ -544,6 +561,7 @@ def test_show_quotes_what_needs_it(text: str) -> None:
 @pytest.mark.parametrize("name", SHIPPED)
 def test_round_trip(name: str) -> None:
     overrides = ["streams=2,4", "training.loss_weights.4=0.25", "training.warmup=1e-05"]
+    overrides += ["method.nested=true"]  # without it there is no loss to share out
     recipe = resolve(name, overrides).recipe
     again = resolve(write("saved.yaml", dump(recipe))).recipe
     assert again == recipe

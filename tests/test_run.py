@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from recycle import train as train_room
 from recycle.parscale.folder import FamilyError
 from recycle.recipe import resolve
 from recycle.results import Results
-from recycle.run import RunError, run
+from recycle.run import RunError, evaluate_again, run
 from tests.runs import contents, write_recipe
 from tests.tiny import save_tiny
 
@@ -140,7 +141,7 @@ def test_switching_in_the_middle_of_a_generation(finished: Path) -> None:
 
 def test_the_saved_recipe_gives_the_same_run(finished: Path, tmp_path: Path) -> None:
     saved = finished.parent / "run" / "recipe.yaml"
-    assert resolve(str(saved)).recipe == resolve(str(finished)).recipe
+    assert resolve(str(saved)).recipe == resolve(str(finished)).recipe  # nothing was left open
     again, _ = go(saved, f"output.dir={tmp_path / 'again'}")
     first = results.read(finished.parent / "run" / "results.json")
     assert [model.losses for model in again.models] == [model.losses for model in first.models]
@@ -148,6 +149,82 @@ def test_the_saved_recipe_gives_the_same_run(finished: Path, tmp_path: Path) -> 
     for member in ("p2", "p4", "control"):
         weights = f"{member}/adapter_model.safetensors"
         assert contents(tmp_path / "again")[weights] == contents(saved.parent)[weights]
+
+
+def test_relative_paths_are_settled(
+    recipe: Path, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(recipe.parent)
+    os.symlink(tiny_folder, "model")
+    relative = ("backbone.id=model", "data.path=texts", "training.tokens=128")
+    first, _ = go(recipe, *relative)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    saved = recipe.parent / "run" / "recipe.yaml"
+    again, _ = go(saved, f"output.dir={tmp_path / 'again'}")
+    assert [model.losses for model in again.models] == [model.losses for model in first.models]
+    assert again.recipe_identity == first.recipe_identity
+    evaluate_again(
+        str(recipe.parent / "run"), [], None, "recycle eval", Console(file=io.StringIO())
+    )
+    with pytest.raises(RunError, match=r"differs in backbone\.id, data\.path;"):
+        go(recipe, *relative)
+    monkeypatch.chdir(recipe.parent)
+    _, printed = go(recipe, *relative)
+    assert "is finished" in printed
+
+
+def test_what_is_left_open_is_settled_once(recipe: Path) -> None:
+    record, _ = go(recipe, "backbone.dtype=auto", "training.tokens=128")
+    dtype = record.recipe["backbone"]["dtype"]
+    assert dtype == record.backbone.dtype in ("float32", "bfloat16")
+    other = {"float32": "bfloat16", "bfloat16": "float32"}[dtype]
+    for same in ("auto", dtype):
+        _, printed = go(recipe, f"backbone.dtype={same}", "training.tokens=128")
+        assert "is finished" in printed
+    with pytest.raises(RunError, match=r"differs in backbone\.dtype;"):
+        go(recipe, f"backbone.dtype={other}", "training.tokens=128")
+
+
+def test_checkpointed_activations_leave_the_cache_to_the_comparison(
+    finished: Path, recipe: Path
+) -> None:
+    record, _ = go(recipe, "training.gradient_checkpointing=true")
+    plain = results.read(finished.parent / "run" / "results.json")
+    for model, same in zip(record.models, plain.models, strict=True):
+        assert model.kv_bytes_per_token == same.kv_bytes_per_token
+        assert list(model.losses) == pytest.approx(list(same.losses), abs=1e-5)
+
+
+def test_training_speed_needs_no_other(finished: Path, recipe: Path) -> None:
+    record = results.read(finished.parent / "run" / "results.json")  # evaluation.speed is off
+    speeds = {model.name: model.speed for model in record.models}
+    assert speeds["P = 2"].train_tokens_per_second == record.training[0].tokens_per_second
+    assert speeds["control"].train_tokens_per_second == record.training[1].tokens_per_second
+    assert speeds["backbone"] == results.Speed()
+    _, printed = go(recipe, "training.tokens=0")
+    assert "train tokens/s of P" not in printed
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["data.block_size=128"], r"data\.block_size = 128\. Set it"),
+        (
+            ["evaluation.speed=true", "evaluation.prompt_tokens=60", "evaluation.new_tokens=5"],
+            r"evaluation\.prompt_tokens \+ evaluation\.new_tokens = 65\. Set it",
+        ),
+    ],
+)
+def test_longer_than_the_window(
+    recipe: Path, tmp_path: Path, overrides: list[str], words: str
+) -> None:
+    model = save_tiny(tmp_path / "gpt2", "gpt2", n_positions=64)
+    with pytest.raises(
+        RunError, match=rf"gpt2 is 64 tokens \(max_position_embeddings\), and {words}"
+    ):
+        go(recipe, f"backbone.id={model}", *overrides)
+    assert not (recipe.parent / "run").exists()
 
 
 def test_zero_tokens(recipe: Path) -> None:
@@ -292,7 +369,8 @@ def test_what_was_trained_is_not_trained_again(
         for name in ("nested", "control")
     ]
     monkeypatch.setattr(train_room, "StreamTrainer", _forbid)
-    found, _ = go(recipe)
+    found, printed = go(recipe)
+    assert "for training nested on 0 tokens, control on 0 tokens, and the comparison" in printed
     assert [training.model_dump(mode="json") for training in found.training] == records
     assert "checkpoints" not in {path.name for path in folder.iterdir()}
 

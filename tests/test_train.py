@@ -1,6 +1,8 @@
 """Training: what learns, how fast, from how much, and when it stops."""
 
 import hashlib
+import importlib
+import itertools
 import math
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,8 @@ from recycle.train import (
     train,
 )
 from tests.runs import STEP_TOKENS, write_recipe
+
+estimate_room = importlib.import_module("recycle.train.estimate")  # the name is its function's too
 
 RATES = {"nested": 1e-2, "aggregator": 1e-3, "control": 3e-2}
 
@@ -124,7 +128,56 @@ def recording(monkeypatch: pytest.MonkeyPatch) -> type[Recording]:
     return Recording
 
 
+# ---- what it will take
+
+
+def test_the_estimate(workshop: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From steps of one second and a growth of 1 GiB, for what is still to be done."""
+    tiny = workshop(**{"data.block_size": 64, "training.tokens": 8 * 4 * 64})
+    family, control = jobs(tiny.recipe)
+    tiny.add(family)
+    clock, memory = itertools.count(), iter([2 * 2**30, 3 * 2**30])
+    monkeypatch.setattr(estimate_room.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(estimate_room, "_memory", lambda device: next(memory))
+    found = estimate_room.estimate(tiny.model, tiny.recipe, {"nested": 3, "control": 8})
+    assert found.tokens == {"nested": 3 * 4 * 64, "control": 8 * 4 * 64}
+    # A pass of 64 tokens through 4 streams takes a second, forward as well as with the backward.
+    learned = 3 * 4 * 64 * 4 + 8 * 4 * 64 * 1
+    validated = 64 * 3 * (2 * 4 + 4 * 1)  # 3 documents, before, after 4 steps, after 8, at the end
+    tested = 64 * 6 * (1 + 1 + 4)  # the backbone, the control, and the family in one pass
+    assert found.seconds == pytest.approx((learned + validated + tested) / (64 * 4))
+    adapter = sum(p.numel() for p in tiny.adapter("nested").values())
+    # Two blocks in a micro-batch; a gradient and two moments in float32.
+    assert found.gib == pytest.approx(2 + 2 + 12 * adapter / 2**30)
+    assert not any(p.grad is not None for p in tiny.model.parameters())
+    assert control.heads == (1,)
+
+
 # ---- what learns
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("quantization", ["int8", "nf4"])
+def test_on_a_quantised_backbone(workshop: Any, tmp_path: Path, quantization: str) -> None:
+    """In float32, and from finite gradients after passes in eval mode (they validate first)."""
+    tiny = workshop(
+        **{
+            "backbone.quantization": quantization,
+            "training.prefix_learning_rate": 3e-2,
+            "training.tokens": 24 * STEP_TOKENS,
+        }
+    )
+    (family, _) = jobs(tiny.recipe)
+    tiny.add(family)
+    start = {name: p.detach().clone() for name, p in tiny.adapter("nested").items()}
+    training = tiny.train(family, tmp_path)
+    for name, parameter in tiny.adapter("nested").items():
+        assert parameter.dtype == torch.float32
+        assert not torch.equal(parameter, start[name]), name
+        assert not torch.equal(parameter, parameter.bfloat16().float()), name
+    for p in ("P = 2", "P = 4"):
+        first, *_, last = (point.validation_loss[p] for point in training.curve)
+        assert last < first - 0.05
 
 
 def test_prefixes_and_aggregators_learn_and_no_bit_of_the_backbone(

@@ -58,10 +58,12 @@ def read_stdlib(data: Data, facts: dict[str, Any], skipped: Counter[str]) -> Ite
 
 
 def read_files(data: Data, facts: dict[str, Any], skipped: Counter[str]) -> Iterator[Text]:
-    """Text files; the group is the first folder under the root, or the file itself."""
+    """Text files; the group is the first folder in which they part, or the file itself."""
     root, files = matching(data)
     facts |= {"path": data.path, "files": len(files)}
     groups: dict[str, list[Path]] = {}
+    if len(files) > 1:  # src/package/...: what all of them share is no group
+        root = Path(os.path.commonpath([file.parent for file in files]))
     for file in files:
         groups.setdefault(file.relative_to(root).parts[0], []).append(file)
     yield from _read(groups, root, data, skipped)

@@ -68,27 +68,30 @@ def find(name: str, beside: Path) -> Path | None:
     return None
 
 
-def parse(path: Path) -> tuple[list[Setting], list[str]]:
-    """The settings of one file in order, `include` among them, and what is wrong with it."""
+def parse(path: Path) -> tuple[list[Setting] | None, list[str]]:
+    """The settings of one file in order, `include` among them, and what is wrong with it.
+
+    There are no settings, rather than none, where the file cannot be parsed at all.
+    """
     problems: list[str] = []
     shown = display(path)
     try:
         root = YAML(typ="safe", pure=True).compose(path.read_text("utf-8-sig"))
     except MarkedYAMLError as error:
         line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
-        return [], [f"{shown}{line}: not valid YAML: {error.problem or error.context}"]
+        return None, [f"{shown}{line}: not valid YAML: {error.problem or error.context}"]
     except YAMLError as error:
-        return [], [f"{shown}: not valid YAML: {str(error).splitlines()[0]}"]
+        return None, [f"{shown}: not valid YAML: {str(error).splitlines()[0]}"]
     except RecursionError:
-        return [], [f"{shown}: not valid YAML: nested too deeply"]
+        return None, [f"{shown}: not valid YAML: nested too deeply"]
     except UnicodeDecodeError as error:
-        return [], [f"{shown}: not text in UTF-8: {error.reason} at byte {error.start}"]
+        return None, [f"{shown}: not text in UTF-8: {error.reason} at byte {error.start}"]
     except OSError as error:
-        return [], [f"{shown}: cannot be read: {error.strerror}"]
+        return None, [f"{shown}: cannot be read: {error.strerror}"]
     if root is None or (isinstance(root, ScalarNode) and root.value == ""):
         return [], []
     if not isinstance(root, MappingNode):
-        return [], [f"{shown}:{_line(root)}: a recipe must be a mapping of key: value"]
+        return None, [f"{shown}:{_line(root)}: a recipe must be a mapping of key: value"]
     return list(_settings(root, "", shown, problems)), problems
 
 

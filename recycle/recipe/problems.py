@@ -25,7 +25,8 @@ def reword(message: str, words: Sequence[str]) -> str:
     """Pydantic's sentence, in the words of the other messages."""
     if words:
         return f"must be one of {', '.join(words)}"
-    message = re.sub(r"^(Input|String|Tuple) should", "must", message)
+    message = re.sub(r"^(Input|String|Tuple|Value) should", "must", message)
+    message = re.sub(r" after validation, not \d+$", "", message)
     for name, word in (("string", "text"), ("tuple", "list, such as 2,4,8 or [2, 4, 8]")):
         message = message.replace(f"must be a valid {name}", f"must be a {word}")
     return message

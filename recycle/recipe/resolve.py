@@ -92,6 +92,7 @@ class _Draft:
         self.broken: set[str] = set()  # keys that were given a value that does not fit
         self.problems: list[str] = []
         self.seen: set[Path] = set()
+        self.unread = False  # a file could not be parsed, so that keys may be missing for that
 
     def include(self, path: Path, chain: tuple[Path, ...] = ()) -> None:
         """Merge a file after all that it includes, each file once, at its first place."""
@@ -101,10 +102,11 @@ class _Draft:
         self.seen.add(resolved)
         settings, problems = files.parse(path)
         self.problems += problems
-        for setting in settings:
+        self.unread |= settings is None
+        for setting in settings or ():
             if setting.key == "include":
                 self._include_all(setting, path, (*chain, resolved))
-        for setting in settings:
+        for setting in settings or ():
             if setting.key != "include":
                 self.set(setting)
 
@@ -219,13 +221,15 @@ class _Draft:
                 continue
             if key == "name":
                 self.values[key], self.origins[key] = name, DEFAULT
+            elif info.is_required() and self.unread:
+                continue
             elif info.is_required():
                 also = fragment_hint(key.partition(".")[0])
                 self.problems.append(f"{place}: {key}: missing, and has no default{also}")
             else:
                 self.values[key], self.origins[key] = info.get_default(), DEFAULT
         chosen = {key for key in self.values if self.origins[key] != DEFAULT}
-        for keys, rule in contradictions(self.values, chosen):
+        for keys, rule in () if self.unread else contradictions(self.values, chosen):
             given = [f"{key} = {shorten(self.values[key])} ({self.origins[key]})" for key in keys]
             self.problems.append(f"{', '.join(given)}: {rule}")
         if self.problems:

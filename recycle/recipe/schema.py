@@ -83,7 +83,8 @@ class Data(Section):
     validation_documents: AtLeastTwo = 16
     """Documents that choices look at."""
     test_documents: AtLeastTwo = 64
-    """Documents that only the final comparison reads; an honest result needs 64."""
+    """Documents that only the final comparison reads; an honest result needs 64. They are drawn
+    first: another number moves documents between test and validation."""
     seed: Seed = 0
     """Of the split and the order."""
 
@@ -110,7 +111,7 @@ class Training(Section):
     max_grad_norm: Rate = 1.0
     """Gradients are clipped to this norm."""
     loss_weights: dict[Whole, Annotated[Real, Field(ge=0)]] = {}
-    """Weight of each P in the loss; 1 where not given."""
+    """Weight of each P in the loss of a nested family; 1 where not given."""
     control: Flag = True
     """Train the control as well."""
     gradient_checkpointing: Flag = False
@@ -271,9 +272,13 @@ def contradictions(values: Mapping[str, Any], chosen: set[str]) -> Iterator[tupl
     if streams:
         for key in weights:
             if int(key.rpartition(".")[2]) not in streams:
-                yield [key, "streams"], "only the numbers in streams have a weight in the loss"
-        if all(values.get(f"training.loss_weights.{p}", 1) == 0 for p in streams):
-            yield list(weights), "at least one weight must be over 0, or nothing is learned"
+                rule = "only the numbers in streams have a weight in the loss (null drops them all)"
+                yield [key, "streams"], rule
+    if weights and values.get("method.nested") is False:
+        rule = "weights share out one loss; without nesting each P has a training of its own"
+        yield [*weights, "method.nested"], rule
+    if streams and all(values.get(f"training.loss_weights.{p}", 1) == 0 for p in streams):
+        yield list(weights), "at least one weight must be over 0, or nothing is learned"
 
     source = values.get("data.source")
     if source:

@@ -40,12 +40,11 @@ class Difference(Record):
 
 
 class Speed(Record):
-    """Text tokens a second."""
+    """Text tokens a second; None where not measured, as in training for the backbone."""
 
     train_tokens_per_second: NonNegativeFloat | None = None
-    """None for the backbone, which is not trained."""
-    prefill_tokens_per_second: NonNegativeFloat
-    decode_tokens_per_second: NonNegativeFloat
+    prefill_tokens_per_second: NonNegativeFloat | None = None
+    decode_tokens_per_second: NonNegativeFloat | None = None
 
 
 class Measurement(Record):
@@ -57,8 +56,8 @@ class Measurement(Record):
     losses: tuple[float, ...]
     """Nats per token of each test document, in their order."""
     adapter_parameters: NonNegativeInt
-    kv_bytes_per_token: NonNegativeInt
-    speed: Speed | None = None
+    kv_bytes_per_token: PositiveInt
+    speed: Speed = Speed()
 
 
 class ModelResult(Measurement):

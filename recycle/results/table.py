@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from .comparison import Difference, Speed
+from .comparison import Difference, ModelResult
 from .schema import Results
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def table(results: Results) -> list[tuple[str, ...]]:
             format_difference(model.minus_control),
             f"{model.adapter_parameters:,}",
             f"{model.kv_bytes_per_token:,}",
-            " / ".join(f"{rate:,.1f}" if rate is not None else "–" for rate in _rates(model.speed)),
+            " / ".join(f"{rate:,.1f}" if rate is not None else "–" for rate in _rates(model)),
         )
         for model in results.models
     ]
@@ -68,7 +68,7 @@ def rich_table(results: Results) -> "Table":
             format_difference(model.minus_control).replace(" ", ""),
             _short_count(model.adapter_parameters),
             f"{model.kv_bytes_per_token:,}",
-            "/".join(map(_short_rate, _rates(model.speed))),
+            "/".join(map(_short_rate, _rates(model))),
         )
         shown.add_row(*map(Text, cells))
     return shown
@@ -80,7 +80,7 @@ def shared_training(results: Results) -> str:
         f"The train tokens/s of P = {', '.join(map(str, training.streams))} is that of the one "
         "training they share."
         for training in results.training
-        if len(training.streams) > 1
+        if len(training.streams) > 1 and training.tokens_per_second is not None
     )
 
 
@@ -92,14 +92,15 @@ def format_difference(difference: Difference | None) -> str:
     return f"{mean} ± {difference.standard_error:.4f}"
 
 
-def _rates(speed: Speed | None) -> tuple[float | None, ...]:
-    if speed is None:
-        return ()
-    return (
+def _rates(model: ModelResult) -> tuple[float | None, ...]:
+    """Training, prefill and decoding; nothing where none of them was measured."""
+    speed = model.speed
+    rates = (
         speed.train_tokens_per_second,
         speed.prefill_tokens_per_second,
         speed.decode_tokens_per_second,
     )
+    return rates if any(rate is not None for rate in rates) else ()
 
 
 def _short_rate(rate: float | None) -> str:

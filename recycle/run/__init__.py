@@ -13,7 +13,7 @@ from recycle.parscale import family
 from recycle.progress import Display, minutes
 from recycle.recipe import Resolved, dump, identity
 from recycle.results import Results
-from recycle.train import add_adapter, estimate, jobs, train, writing
+from recycle.train import add_adapter, estimate, jobs, steps_left, train, writing
 
 from .folder import (
     CHECKPOINTS,
@@ -21,12 +21,14 @@ from .folder import (
     RESULTS,
     RunError,
     claimed,
-    previous_results,
+    finished_results,
     run_folder,
     same_ground,
+    saved_recipe,
 )
-from .measure import evaluate_again, measure, prepare_data
+from .measure import check_window, evaluate_again, measure, prepare_data
 from .record import backbone_record, data_record, device_of, hardware, scored_documents, with_dtype
+from .settle import as_before, settled, with_absolute_paths
 
 __all__ = ["RunError", "evaluate_again", "measure", "run"]
 
@@ -46,9 +48,11 @@ def run(resolved: Resolved, command: str, console: Console) -> Results:
         RunError: The folder belongs to another recipe, or another process is writing it.
         BackboneError, DataError, TrainingError: See there; the folder can be resumed after mending.
     """
-    recipe = resolved.recipe
+    recipe = with_absolute_paths(resolved.recipe)
     folder = run_folder(recipe)
-    finished = previous_results(recipe, folder)
+    saved = saved_recipe(recipe, folder)
+    recipe = as_before(recipe, saved) if saved else recipe
+    finished = finished_results(folder) if saved else None
     if finished is not None:
         shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)  # left there by a kill
         console.print(f"{folder} is finished; its results:")
@@ -58,33 +62,45 @@ def run(resolved: Resolved, command: str, console: Console) -> Results:
     device = device_of(recipe)
     started = time.perf_counter()
     console.print(f"Backbone: {recipe.backbone.id}")
+    backbone = with_dtype(recipe.backbone, device)
     with console.status("Loading the backbone; a file in a package is first dequantised, once"):
-        model, tokenizer, source = backbones.load(with_dtype(recipe.backbone, device), device)
+        model, tokenizer, source = backbones.load(backbone, device)
+    check_window(recipe, model.config)
     console.print(f"Data: {recipe.data.source} {recipe.data.path or ''}".rstrip())
     splits = prepare_data(recipe, tokenizer)
+    recipe = settled(
+        recipe,
+        {
+            "backbone": {"revision": source.revision, "dtype": backbone.dtype},
+            "data": {"revision": splits.facts.get("revision")},
+        },
+    )
     setup = time.perf_counter() - started
 
     with claimed(folder):
-        if previous_results(recipe, folder) is not None:
+        if saved_recipe(recipe, folder) and finished_results(folder):
             raise RunError(f"Another process has just finished {folder}. Run again to see it.")
         results.write_atomically(folder / RECIPE, dump(recipe).encode())
         same_ground(folder, source.fingerprint, str(model.dtype), splits.facts["sha256"])
         peft_model: Any = model
         trainings = []
+        checkpoints = folder / CHECKPOINTS
+        left = steps_left(recipe, checkpoints)
         with Display(console) as display:
             for position, job in enumerate(jobs(recipe)):
                 peft_model = add_adapter(peft_model, job, recipe, splits.starts)
                 if position == 0:
-                    expected = estimate(peft_model, recipe)
+                    expected = estimate(peft_model, recipe, left)
                     console.print(
                         f"Expected: {minutes(expected.seconds)} and {expected.gib:.1f} GiB of "
-                        f"{'GPU ' if device == 'cuda' else ''}memory, for training on "
-                        f"{recipe.training.tokens:,} tokens and the comparison"
+                        f"{'GPU ' if device == 'cuda' else ''}memory, for training "
+                        + "".join(
+                            f"{name} on {n:,} tokens, " for name, n in expected.tokens.items()
+                        )
+                        + "and the comparison"
                     )
-                checkpoints = folder / CHECKPOINTS / job.adapter
-                trainings.append(
-                    train(peft_model, tokenizer, job, splits, recipe, checkpoints, display)
-                )
+                place = checkpoints / job.adapter
+                trainings.append(train(peft_model, tokenizer, job, splits, recipe, place, display))
             with writing(folder):
                 family.save_family(peft_model, folder, source.fingerprint)
                 tokenizer.save_pretrained(folder)

@@ -12,6 +12,8 @@ from recycle.parscale.fingerprint import Fingerprint, differences
 from recycle.recipe import Recipe, RecipeError, differing_keys, load
 from recycle.results import Results
 
+from .settle import as_before
+
 RECIPE = "recipe.yaml"
 RESULTS = "results.json"
 CHECKPOINTS = "checkpoints"
@@ -27,34 +29,40 @@ def run_folder(recipe: Recipe) -> Path:
     return Path(recipe.output.dir or Path("runs") / recipe.name)
 
 
-def previous_results(recipe: Recipe, folder: Path) -> Results | None:
-    """The results of a finished run of the same recipe; None if the run is new or unfinished.
+def saved_recipe(recipe: Recipe, folder: Path) -> Recipe | None:
+    """The recipe that lies in the folder of an earlier run of it; None if the run is new.
 
     Raises:
         RunError: The folder holds something else.
     """
     if not folder.exists():
         return None
-    saved = folder / RECIPE
+    path = folder / RECIPE
     if not folder.is_dir() or (
-        not saved.is_file() and any(path.name != CHECKPOINTS for path in folder.iterdir())
+        not path.is_file() and any(inside.name != CHECKPOINTS for inside in folder.iterdir())
     ):
         raise RunError(
             f"{folder} exists and is no run folder (it has no {RECIPE}); nothing was changed. "
             "Choose another with output.dir=FOLDER."
         )
-    if not saved.is_file():
+    if not path.is_file():
         return None
     try:
-        differing = differing_keys(load(saved), recipe)
+        saved = load(path)
     except RecipeError as error:
-        raise RunError(f"{saved} cannot be read, so the run cannot be resumed: {error}") from None
+        raise RunError(f"{path} cannot be read, so the run cannot be resumed: {error}") from None
+    differing = differing_keys(saved, as_before(recipe, saved))
     if differing:
         raise RunError(
             f"{folder} holds a run of another recipe, which differs in {', '.join(differing)}; "
             "nothing was changed. Set these as they were to go on with that run, or choose "
             "another folder with output.dir=FOLDER."
         )
+    return saved
+
+
+def finished_results(folder: Path) -> Results | None:
+    """The results in a run folder; None if its run is new or unfinished."""
     return results.read(folder / RESULTS) if (folder / RESULTS).is_file() else None
 
 

@@ -6,15 +6,14 @@ from pathlib import Path
 
 from peft import PeftModelForCausalLM
 from rich.console import Console
-from transformers import PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from recycle import backbone as backbones
 from recycle import data, evaluate, results
 from recycle.parscale import family
 from recycle.parscale.fingerprint import Fingerprint, differences
 from recycle.progress import Display, Silent
-from recycle.recipe import Recipe, differing_keys, identity, resolve
-from recycle.recipe import load as load_recipe
+from recycle.recipe import Recipe, identity, resolve
 from recycle.results import Results
 from recycle.train import steps
 
@@ -31,6 +30,26 @@ def prepare_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> data.Spl
         num_virtual_tokens=recipe.method.num_virtual_tokens,
         num_starts=max(recipe.streams) if recipe.method.init == "text" else 0,
     )
+
+
+def check_window(recipe: Recipe, config: PretrainedConfig) -> None:
+    """Refuse blocks and prompts that are longer than the backbone's window.
+
+    Raises:
+        RunError: A model with learned positions has none for them, and others were never trained
+            on them.
+    """
+    window = getattr(config.get_text_config(), "max_position_embeddings", None)
+    lengths = {"data.block_size": recipe.data.block_size}
+    if recipe.evaluation.speed:
+        length = recipe.evaluation.prompt_tokens + recipe.evaluation.new_tokens
+        lengths["evaluation.prompt_tokens + evaluation.new_tokens"] = length
+    too_long = [f"{k} = {length}" for k, length in lengths.items() if window and length > window]
+    if too_long:
+        raise RunError(
+            f"The window of {recipe.backbone.id} is {window} tokens (max_position_embeddings), and "
+            f"{', '.join(too_long)}. Set {'it' if len(too_long) == 1 else 'them'} to at most that."
+        )
 
 
 def measure(
@@ -65,10 +84,10 @@ def measure(
     measurements = []
     for contender in models:
         name, streams = contender.name, contender.streams
-        speed = speeds.get(name)
-        if speed is not None and streams is not None:
-            trained_at = training_speed.get(streams.adapter)
-            speed = speed.model_copy(update={"train_tokens_per_second": trained_at})
+        trained_at = training_speed.get(streams.adapter) if streams else None
+        speed = speeds.get(name, results.Speed()).model_copy(
+            update={"train_tokens_per_second": trained_at}
+        )
         state = family.member_state(model, streams.adapter, streams.num_streams) if streams else {}
         measurements.append(
             results.Measurement(
@@ -107,20 +126,18 @@ def evaluate_again(
     if out is not None and not Path(out).parent.is_dir():
         raise RunError(f"{out} cannot be written: there is no folder {Path(out).parent}.")
     before = results.read(folder / RESULTS)
-    recipe = resolve(str(folder / RECIPE), overrides).recipe
-    fixed = [
-        key
-        for key in differing_keys(load_recipe(folder / RECIPE), recipe)
-        if key.partition(".")[0] != "evaluation"
-    ]
+    keys = [override.partition("=")[0].strip() for override in overrides]
+    fixed = [key for key in keys if key.partition(".")[0] not in ("evaluation", "launch")]
     if fixed:
         raise RunError(
-            "`recycle eval` measures the same adapters on the same documents and takes changes to "
+            "`recycle eval` measures the same adapters on the same documents and takes fields of "
             f"evaluation and launch only, got {', '.join(fixed)}."
         )
+    recipe = resolve(str(folder / RECIPE), overrides).recipe
     device = device_of(recipe)
     machine = hardware(device)
     backbone, tokenizer, source = backbones.load(with_dtype(recipe.backbone, device), device)
+    check_window(recipe, backbone.config)
     members = family.read_members(folder, family.Family.read(folder))
     trained_on = Fingerprint.from_dict(members[0].config.fingerprint or {})
     if differing := differences(trained_on, source.fingerprint):

@@ -14,6 +14,8 @@ from recycle.recipe import Backbone, Recipe
 
 from .folder import RunError
 
+OWN_LICENCE = {"stdlib": "PSF-2.0"}  # sources that have one licence wherever they are
+
 
 def device_of(recipe: Recipe) -> str:
     if recipe.launch.device == "cuda" and not torch.cuda.is_available():
@@ -71,7 +73,9 @@ def data_record(recipe: Recipe, splits: data.Splits) -> results.DataRecord:
     return results.DataRecord(
         source=recipe.data.source,
         path=path,
-        license=_hub_licence(path or "", dataset=True) if on_hub else None,
+        license=_hub_licence(path or "", dataset=True)
+        if on_hub
+        else OWN_LICENCE.get(recipe.data.source),
         facts=splits.facts,
     )
 

@@ -34,6 +34,7 @@ __all__ = [
     "jobs",
     "last_checkpoint",
     "steps",
+    "steps_left",
     "train",
     "writing",
 ]
@@ -96,6 +97,21 @@ def train(
     for unneeded in folder.glob("checkpoint-*"):  # only now: up to the seal they are needed
         shutil.rmtree(unneeded)
     return record
+
+
+def steps_left(recipe: Recipe, checkpoints: Path) -> dict[str, int]:
+    """Optimiser steps that each job still has to do, by its adapter's name.
+
+    Args:
+        checkpoints: The folder in which each job has a folder of its adapter's name.
+    """
+    left = {}
+    for job in jobs(recipe):
+        folder = checkpoints / job.adapter
+        checkpoint = last_checkpoint(folder)
+        done = int(checkpoint.name.split("-")[1]) if checkpoint else 0
+        left[job.adapter] = 0 if is_whole(folder / FINISHED) else steps(recipe) - done
+    return left
 
 
 def _adapter_state(model: PeftModelForCausalLM, adapter: str) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from recycle.parscale.prefix import ActiveStreams
 from recycle.parscale.streams import choose_streams
 from recycle.recipe import Recipe
 
-from .jobs import jobs, steps
+from .jobs import jobs
 
 
 @dataclass(frozen=True)
@@ -23,10 +23,17 @@ class Estimate:
 
     seconds: float
     gib: float
+    tokens: dict[str, int]  # of text, that each adapter still learns from
 
 
-def estimate(model: PeftModelForCausalLM, recipe: Recipe) -> Estimate:
-    """Expected time and memory of a whole run, from short steps with its first adapter."""
+def estimate(model: PeftModelForCausalLM, recipe: Recipe, steps_left: dict[str, int]) -> Estimate:
+    """Expected time and memory of the rest of a run, from short steps with its first adapter.
+
+    Args:
+        model: The backbone with the first job's adapter.
+        recipe: The run's.
+        steps_left: Optimiser steps that each job still has to do, by its adapter's name.
+    """
     layer = streams_of(model)
     job = jobs(recipe)[0]
     p = job.heads[-1]
@@ -59,19 +66,24 @@ def estimate(model: PeftModelForCausalLM, recipe: Recipe) -> Estimate:
     model.eval()
 
     training, data = recipe.training, recipe.data
-    text = steps(recipe) * training.batch_size * block
-    points = 2 + steps(recipe) // training.validation_steps if text else 0
-    streams = sum(job.heads[-1] for job in jobs(recipe))
-    read = block * (
-        streams * points * data.validation_documents + (streams + 1) * data.test_documents
-    )
+    all_streams = sum(job.heads[-1] for job in jobs(recipe))
+    text: dict[str, int] = {}
+    learned = 0  # stream-tokens
+    read = block * (all_streams + 1) * data.test_documents
+    for each in jobs(recipe):
+        left, streams = steps_left[each.adapter], each.heads[-1]
+        points = left // training.validation_steps + (2 if left else 0)
+        text[each.adapter] = left * training.batch_size * block
+        learned += text[each.adapter] * streams
+        read += points * data.validation_documents * block * streams
     adapter = sum(x.numel() for x in model.parameters() if x.requires_grad)
     micro_batches = training.micro_batch_size * block / length
     logits = recipe.evaluation.batch_size * len(job.heads) * block * vocabulary
     growth = max((_memory(device) - before) * micro_batches, logits * model.dtype.itemsize)
     return Estimate(
-        seconds=text * streams * learning + read * reading,
+        seconds=learned * learning + read * reading,
         gib=(before + growth + 3 * 4 * adapter) / 2**30,  # gradient and AdamW's two moments
+        tokens=text,
     )
 
 

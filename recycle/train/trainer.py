@@ -95,6 +95,7 @@ class StreamTrainer(SFTTrainer):
             {"params": aggregators, "lr": training.aggregator_learning_rate},
         ]
         optimizer = torch.optim.AdamW([g for g in groups if g["params"]], weight_decay=0.0)
+        values = [(p, p.data) for p in (*prefixes, *aggregators)]
         super().__init__(
             model=model,
             args=arguments,
@@ -107,11 +108,8 @@ class StreamTrainer(SFTTrainer):
         # Every micro-batch has the same number of predicted tokens, so the mean over micro-batches
         # is the mean over tokens, and Trainer divides by the number of micro-batches itself.
         self.model_accepts_loss_kwargs = False
-        wrong = [
-            n for n, p in model.named_parameters() if p.requires_grad and p.dtype != torch.float32
-        ]
-        if wrong:
-            raise TrainingError(f"Adapters train in float32; {wrong[0]} was cast by the trainer.")
+        for parameter, value in values:  # which TRL rounds to bfloat16 on a quantised backbone
+            parameter.data = value
 
     def compute_loss(
         self,

@@ -66,6 +66,9 @@ def test_a_model_and_a_data_set(hub: Hub, tmp_path: Path) -> None:
     family = json.loads((folder / "family.json").read_text())
     assert (family["backbone"], family["revision"]) == ("tiny/model", commits["models"])
 
+    saved = (folder / "recipe.yaml").read_text()
+    assert all(f"revision: {commit}" in saved for commit in commits.values())
+
     # What was downloaded is enough to use the run, with no Hub at all.
     offline = env | {"HF_HUB_OFFLINE": "1"}
     spoken = recycle(
@@ -80,6 +83,33 @@ def test_a_model_and_a_data_set(hub: Hub, tmp_path: Path) -> None:
     )
     assert spoken.returncode == 0, spoken.stderr
     assert spoken.stdout.startswith("merge left")
+
+
+@pytest.mark.slow
+def test_the_hub_has_moved_on(tmp_path: Path, tiny_folder: Path) -> None:
+    """The same command, and eval, go on with what the run has read."""
+    root = tmp_path / "hub"
+    shutil.copytree(tiny_folder, root / "models" / "tiny" / "model")
+    data = root / "datasets" / "tiny" / "data" / "train.jsonl"
+    data.parent.mkdir(parents=True)
+    data.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts(48)))
+    with Hub(root) as server:
+        env = settings(server.url, tmp_path / "home")
+        done = recycle("run", "tiny/model", *SMALL, cwd=tmp_path, env=env)
+        assert done.returncode == 0, done.stderr
+        commit = server.repository("datasets", "tiny/data").commit
+    (folder,) = (tmp_path / "runs").iterdir()
+    first = results.read(folder / "results.json")
+    data.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts(60, seed=1)))
+    with Hub(root) as server:
+        env = settings(server.url, tmp_path / "home")
+        assert server.repository("datasets", "tiny/data").commit != commit
+        again = recycle("run", "tiny/model", *SMALL, cwd=tmp_path, env=env)
+        assert "is finished" in again.stdout, again.stderr
+        gone = recycle("run", folder / "recipe.yaml", "output.dir=new", cwd=tmp_path, env=env)
+        assert_refused(gone, f"revision {commit}")  # the stand-in keeps one commit
+    assert first.recipe["data"]["revision"] == commit
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.slow
