@@ -4,7 +4,7 @@
     python scripts/update_readme.py --check    # change nothing, fail if README.md is stale
 
 New measurements are kept first: --demo runs/demo/results.json, --bench bench.json,
---starts TEXT.json RANDOM.json.
+--rates rates.json, --starts TEXT.json RANDOM.json.
 """
 
 import argparse
@@ -23,6 +23,7 @@ from recycle.report.result import findings  # noqa: E402
 MEASURED = ROOT / "scripts" / "measured"
 DEMO = MEASURED / "demo-cpu.json"
 BENCH = MEASURED / "bench-overhead-cpu.json"
+RATES = MEASURED / "learning-rates-cpu.json"
 TEXT = MEASURED / "start-text-cpu.json"
 RANDOM = MEASURED / "start-random-cpu.json"
 
@@ -81,6 +82,27 @@ def bench_section() -> str:
     )
 
 
+def rates_section() -> str:
+    """Validation losses by learning rate."""
+    record = json.loads(RATES.read_text())
+    names = list(next(iter(record["losses"].values())))
+    rows = [
+        (f"{float(rate):g}" if float(rate) else "untrained", *(f"{row[n]:.4f}" for n in names))
+        for rate, row in record["losses"].items()
+    ]
+    return "\n".join(
+        [
+            "The learning rates of the demo are those of the lowest validation loss, from the same "
+            "search for every adapter:",
+            "",
+            *markdown(("prefix learning rate", *names), rows),
+            "",
+            f"`{record['command']}`, {len(record['validation_documents'])} validation documents, "
+            f"{record['date'][:10]}, {record['hardware']['cpu']}, {record['dtype']}.",
+        ]
+    )
+
+
 def starts_section() -> str:
     """The two starts before any training."""
     rows = []
@@ -109,6 +131,7 @@ def updated(text: str) -> str:
         ("findings", findings_section()),
         ("bench", bench_section()),
         ("starts", starts_section()),
+        ("rates", rates_section()),
     )
     for name, section in sections:
         opening = f"<!-- {name}: made by scripts/update_readme.py -->"
@@ -128,6 +151,9 @@ def main() -> None:
     parser.add_argument("--demo", type=Path, help="results.json of a demo run, to keep")
     parser.add_argument("--bench", type=Path, help="JSON of scripts/bench_overhead.py, to keep")
     parser.add_argument(
+        "--rates", type=Path, help="JSON of scripts/search_learning_rate.py, to keep"
+    )
+    parser.add_argument(
         "--starts", type=Path, nargs=2, help="results.json of text and random starts"
     )
     parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if stale")
@@ -136,6 +162,7 @@ def main() -> None:
     for new, kept in (
         (arguments.demo, DEMO),
         (arguments.bench, BENCH),
+        (arguments.rates, RATES),
         (new_starts[0], TEXT),
         (new_starts[1], RANDOM),
     ):

@@ -11,6 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from recycle import results
+from tests.runs import recycle, write_recipe
+
 ROOT = Path(__file__).parents[1]
 TRAINING_AND_CLI = ["trl", "datasets", "pydantic", "ruamel", "typer", "rich"]
 
@@ -134,3 +137,24 @@ def test_bench_overhead(tmp_path, tiny_folder):
     assert str(tiny_folder) in title
     assert header.split()[:2] == ["step", "P"]
     assert [tuple(line.split()[:2]) for line in lines] == [(s, str(p)) for s, p in steps]
+
+
+@pytest.mark.slow
+def test_search_learning_rate(tmp_path, tiny_folder):
+    """At the recipe's own rate it finds what the recipe's run finds."""
+    recipe = write_recipe(tmp_path, tiny_folder)
+    out = tmp_path / "search.json"
+    arguments = ("--rates", "1e-2,1e-4", "--out", out, "training.control_learning_rate=3e-3")
+    done = run(tmp_path, ROOT / "scripts/search_learning_rate.py", recipe, *arguments)
+    assert done.returncode == 0, done.stdout + done.stderr
+    losses = json.loads(out.read_text())["losses"]
+    assert list(losses) == ["0.0", "0.01", "0.0001"]
+    whole = recycle("run", recipe, cwd=tmp_path)
+    assert whole.returncode == 0, whole.stderr
+    for training in results.read(tmp_path / "runs/tiny/results.json").training:
+        first, *_, last = (point.validation_loss for point in training.curve)
+        for name in last:
+            assert losses["0.0"][name] == pytest.approx(first[name], abs=1e-6)
+            assert losses["0.01"][name] == pytest.approx(last[name], abs=1e-6)
+            assert losses["0.0001"][name] > losses["0.01"][name]
+            assert f"{losses['0.0001'][name]:.4f}" in done.stdout
