@@ -14,6 +14,10 @@ __all__ = ["__version__", "available_p", "get_p", "load", "set_p"]
 __version__ = "0.1.0"
 
 
+def __dir__() -> list[str]:
+    return __all__
+
+
 def __getattr__(name: str) -> Any:
     if name in __all__:
         return getattr(import_module("recycle.parscale"), name)

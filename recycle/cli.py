@@ -48,6 +48,24 @@ Run = Annotated[
 ]
 
 
+def _version(wanted: bool) -> None:
+    if wanted:
+        from recycle import __version__
+
+        print(f"recycle {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Show the version."),
+    ] = False,
+) -> None:
+    pass
+
+
 @app.command()
 def run(target: Target, overrides: Overrides = None) -> None:
     """Recycle a model: train streams on it, compare, and write a run folder.

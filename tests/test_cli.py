@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from recycle import cli, results
+from recycle import __version__, cli, results
 from recycle.parscale.folder import FAMILY_FILE
 from tests.runs import assert_refused, contents, environment, write_recipe
 from tests.runs import recycle as run_command
@@ -273,6 +273,7 @@ def test_generate_refuses(recycle: Recycle, tmp_path: Path) -> None:
 
 def test_eval_refuses(recycle: Recycle, tmp_path: Path) -> None:
     assert_refused(recycle("eval", "texts"), "texts is no finished run")
+    assert_refused(recycle("eval", "nowhere"), "There is no folder nowhere.")
     assert_refused(recycle("eval", "runs/tiny", "training.tokens=5"), "training.tokens")
     other = recycle("eval", "runs/tiny", "output.dir=x", "logging.steps=3", "evaluation.speed=true")
     assert_refused(other, "fields of evaluation and launch only, got output.dir, logging.steps.")
@@ -287,6 +288,11 @@ def test_import_refuses(recycle: Recycle, home: Path, tiny_folder: Path, tmp_pat
     assert_refused(recycle("import", GOLDEN, "--out", "texts"), "texts exists already")
     assert_refused(recycle("import", GOLDEN, "--out", "new", "--backbone", tiny_folder))
     assert not Path("new").exists()
+
+
+def test_version(recycle: Recycle) -> None:
+    done = recycle("--version")
+    assert done.stdout == f"recycle {__version__}\n"
 
 
 def test_usage(recycle: Recycle) -> None:

@@ -252,6 +252,14 @@ def test_no_warning_about_long_texts(
     assert captured.out + captured.err == ""
 
 
+def test_where_test_took_every_group_its_size_is_named(tmp_path: Path, tokenizer: Any) -> None:
+    folder = write_folder(tmp_path / "few", groups=6, files=1)
+    with pytest.raises(DataError) as caught:
+        read(config(path=str(folder)), tokenizer)
+    assert "0 documents in 0 groups were read for it after test had taken 6, " in str(caught.value)
+    assert "`data.test_documents`, `data.validation_documents`" in str(caught.value)
+
+
 def test_folders_that_all_files_share_are_no_group(tmp_path: Path, tokenizer: Any) -> None:
     """As in src/package/..."""
     write_folder(tmp_path / "src" / "package" / "inner")

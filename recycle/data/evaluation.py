@@ -37,19 +37,31 @@ class Evaluation:
             self.pool.append((text, ids[: self.block_size]))
             self.lines |= text.lines()
 
-    def keep(self, training_lines: set[str], skipped: Counter[str]) -> list[Tokenised]:
-        """The wanted number of candidates that share few enough lines with training."""
+    def keep(
+        self, training_lines: set[str], skipped: Counter[str], first: "Evaluation | None" = None
+    ) -> list[Tokenised]:
+        """The wanted number of candidates that share few enough lines with training.
+
+        Args:
+            training_lines: of the training documents.
+            skipped: what was left out before.
+            first: the split that took its groups before this one.
+        """
         clean = [(text, ids) for text, ids in self.pool if _share(text, training_lines) <= OVERLAP]
         self.removed = len(self.pool) - len(clean)
+        after, lower = "", f"`data.{self.name}_documents`"
+        if first is not None:
+            after = f" after {first.name} had taken {first.groups}"
+            lower = f"`data.{first.name}_documents`, {lower}"
         if len(clean) < self.wanted:
             raise DataError(
                 f"data.{self.name}_documents={self.wanted} asks for as many documents of at least "
                 f"data.block_size={self.block_size} tokens, and {len(clean)} are left: "
-                f"{self.documents} documents in {self.groups} groups were read for it, "
+                f"{self.documents} documents in {self.groups} groups were read for it{after}, "
                 f"{len(self.pool)} are long enough and among the first {DOCUMENTS_PER_GROUP} of "
                 f"their group, {self.removed} of them share over {OVERLAP:.0%} of their lines with "
                 f"training{besides(skipped)}. Give data of more documents and groups, or set "
-                f"`data.{self.name}_documents` or `data.block_size` lower."
+                f"{lower} or `data.block_size` lower."
             )
         return clean[: self.wanted]
 

@@ -106,7 +106,10 @@ def prepare(
     starts = train.starts
     for text, _ in starts:
         train.shared_lines |= text.lines() & lines
-    kept = {split.name: split.keep(train.shared_lines, skipped) for split in (test, validation)}
+    kept = {
+        "test": test.keep(train.shared_lines, skipped),
+        "validation": validation.keep(train.shared_lines, skipped, first=test),
+    }
     train.check(skipped, held_back=test.documents + validation.documents)
 
     whole = len(train.packed) // data.block_size

@@ -61,8 +61,8 @@ def run(resolved: Resolved, command: str, console: Console) -> Results:
 
     device = device_of(recipe)
     started = time.perf_counter()
-    console.print(f"Backbone: {recipe.backbone.id}")
     backbone = with_dtype(recipe.backbone, device)
+    console.print(f"Backbone: {backbone.id} in {backbone.dtype} on {device}")
     with console.status("Loading the backbone; a file in a package is first dequantised, once"):
         model, tokenizer, source = backbones.load(backbone, device)
     check_window(recipe, model.config)

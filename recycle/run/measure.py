@@ -117,6 +117,8 @@ def evaluate_again(
         RunError: The folder is no finished run, or an override would need other adapters.
     """
     folder = Path(run_folder)
+    if not folder.is_dir():
+        raise RunError(f"There is no folder {folder}. Name the folder of a finished run.")
     if not (folder / RESULTS).is_file():
         raise RunError(
             f"{folder} is no finished run: it has no {RESULTS}. Finish it with `recycle run`."

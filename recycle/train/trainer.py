@@ -184,6 +184,11 @@ class _Watch(TrainerCallback):
         self.begun = time.perf_counter() - self.trainer.elapsed
         if state.global_step == 0:
             self._validate(state)
+        else:
+            self.progress.say(
+                f"{self.trainer.job.adapter}: goes on from a checkpoint at "
+                f"{state.global_step * self.tokens_per_step:,} tokens"
+            )
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

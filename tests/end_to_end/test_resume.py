@@ -135,6 +135,11 @@ def test_stopped_by_the_user(undisturbed: Results, tmp_path: Path, tiny_folder: 
     shutil.rmtree(family / "checkpoint-10", ignore_errors=True)
     weights = next((family / "checkpoint-5").rglob("optimizer.pt"))
     os.truncate(weights, weights.stat().st_size // 2)
+    (family / "checkpoint-10").mkdir()  # and a third, empty, as if it had just been begun
+    done = stopped(tmp_path, signal.SIGKILL, "nested/checkpoint-5/complete")
+    assert "goes on" not in done.stdout  # none was whole
+    done = stopped(tmp_path, signal.SIGKILL, "nested/checkpoint-20/complete")
     done = recycle("run", "tiny.yaml", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+    assert f"nested: goes on from a checkpoint at {15 * STEP_TOKENS:,} tokens" in done.stdout
     assert_same(read(tmp_path), undisturbed)
