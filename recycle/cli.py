@@ -3,6 +3,7 @@ at once.
 """
 
 import errno
+import io
 import logging
 import shlex
 import sys
@@ -19,7 +20,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-console = Console(width=None if sys.stdout.isatty() else 140)  # a log has no width of its own
+# A log has no width of its own; brackets in a path are no markup.
+console = Console(width=None if sys.stdout.isatty() else 140, markup=False)
 
 # Which extra a missing module belongs to.
 EXTRAS = {
@@ -30,7 +32,11 @@ EXTRAS = {
     "matplotlib": "train",
     "gguf": "demo",
 }
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
+# What is the matter with a disk or a path, which the user can mend.
+PATH_ERRORS = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS),
+    *(errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EEXIST),
+)
 
 Target = Annotated[
     str,
@@ -158,6 +164,9 @@ def import_(
 
 def main() -> None:
     """Run the command; say what the user can mend in one message and exit with status 2."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal without a minus sign or a ±
     try:
         app()
     except ModuleNotFoundError as error:
@@ -167,7 +176,7 @@ def main() -> None:
             raise
         _fail(f"This needs {package}: pip install 'recycle-lm[{extra}]'", 2)
     except OSError as error:
-        if error.errno not in DISK_ERRORS:
+        if error.errno not in PATH_ERRORS:
             raise
         where = f" ({error.filename})" if error.filename else ""
         _fail(f"{error.strerror}{where}. Mend that, then give the same command again.", 2)

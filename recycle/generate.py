@@ -22,6 +22,8 @@ def generate_text(source: str, prompt: str, p: int | None, max_new_tokens: int, 
     """
     model = load(source, p)
     tokenizer = _tokenizer(source, model.peft_config[model.active_adapter])
+    if prompt.encode("utf-8", "replace").decode() != prompt:
+        raise FamilyError("The prompt is not text in UTF-8.")
     if chat and tokenizer.chat_template is None:
         raise FamilyError(f"The tokenizer of {source} has no chat template; leave out --chat.")
     if chat:
@@ -30,6 +32,13 @@ def generate_text(source: str, prompt: str, p: int | None, max_new_tokens: int, 
     inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=not chat).to(model.device)
     if not inputs["input_ids"].numel():
         raise FamilyError("The prompt has no tokens; give some text with --prompt.")
+    window = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    length = inputs["input_ids"].shape[1] + max_new_tokens
+    if window and length > window:
+        raise FamilyError(
+            f"The prompt and --max-new-tokens come to {length} tokens, and the backbone's window "
+            f"is {window}. Shorten one of them."
+        )
     print(prompt, end="", flush=True)
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, streamer=streamer)

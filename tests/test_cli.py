@@ -290,6 +290,18 @@ def test_import_refuses(recycle: Recycle, home: Path, tiny_folder: Path, tmp_pat
     assert not Path("new").exists()
 
 
+def test_odd_words(recycle: Recycle, tiny_folder: Path, tmp_path: Path) -> None:
+    long = "x" * 300
+    assert_refused(recycle("run", "tiny.yaml", "output.dir=runs/other", f"data.path={long}"))
+    assert_refused(
+        recycle("run", "tiny.yaml", "output.dir=runs/other", "data.path=/x/[/b]"), "[/b]"
+    )
+    assert_refused(recycle("generate", "runs/tiny", "--prompt", "\udcff"), "not text in UTF-8")
+    long_prompt = recycle("generate", "runs/tiny", "--prompt", "a", "--max-new-tokens", 5000)
+    assert_refused(long_prompt, "the backbone's window is 1024")
+    assert not Path("runs/other").exists()
+
+
 def test_version(recycle: Recycle) -> None:
     done = recycle("--version")
     assert done.stdout == f"recycle {__version__}\n"

@@ -147,6 +147,13 @@ def test_headers_of_another_kind_are_named(folder: Path, header: bytes) -> None:
         fingerprint(folder)
 
 
+def test_an_adapter_beside_the_model_is_refused(folder: Path) -> None:
+    """Transformers would apply it, and the fingerprint would not see it."""
+    (folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(SourceError, match=r"holds a PEFT adapter .* beside the model"):
+        fingerprint(folder)
+
+
 def test_torn_json_is_named(folder: Path) -> None:
     (folder / "config.json").write_text('{"model_type": "qwen2"')
     with pytest.raises(SourceError, match=r"config\.json is not valid JSON"):

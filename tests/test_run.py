@@ -308,7 +308,7 @@ def test_an_unfinished_run_of_another_recipe_is_refused(recipe: Path) -> None:
 def test_foreign_folders_are_refused(finished: Path, tmp_path: Path) -> None:
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign" / "thesis.txt").write_text("years of work")
-    with pytest.raises(RunError, match=r"is no run folder \(it has no recipe\.yaml\)"):
+    with pytest.raises(RunError, match=r"is no run folder \(it has no recipe\.yaml of a run\)"):
         go(finished, f"output.dir={tmp_path / 'foreign'}")
     assert (tmp_path / "foreign" / "thesis.txt").read_text() == "years of work"
     with pytest.raises(RunError, match="is no run folder"):
@@ -318,10 +318,64 @@ def test_foreign_folders_are_refused(finished: Path, tmp_path: Path) -> None:
     assert list(contents(tmp_path)) == ["foreign/thesis.txt"]
 
 
+def test_what_only_looks_like_a_run_is_refused(recipe: Path, tmp_path: Path) -> None:
+    """A user's own checkpoints, and a user's own recipe.yaml beside what a run would write."""
+    mine = tmp_path / "mine"
+    (mine / "checkpoints" / "llama").mkdir(parents=True)
+    (mine / "checkpoints" / "llama" / "weights.bin").write_text("precious")
+    project = tmp_path / "project"
+    project.mkdir()
+    shutil.copy(recipe, project / "recipe.yaml")
+    (project / "README.md").write_text("# mine")
+    for folder in (mine, project):
+        before = contents(folder)
+        with pytest.raises(RunError, match="is no run folder"):
+            go(recipe, f"output.dir={folder}")
+        assert contents(folder) == before
+
+
+def test_the_home_folder(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    go(recipe, "output.dir=~/mine", "training.tokens=128")
+    assert (tmp_path / "mine" / "results.json").is_file()
+    assert not (tmp_path / "~").exists()
+
+
+def test_a_run_is_no_data(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(recipe.parent / "texts")
+    inside = ("data.path=.", "output.dir=runs/tiny", "training.tokens=128")
+    first, _ = go(recipe, *inside)
+    evaluate_again("runs/tiny", [], None, "recycle eval", Console(file=io.StringIO()))
+    again, _ = go(recipe, "data.path=**/*", "output.dir=runs/other", "training.tokens=128")
+    assert again.data.facts["sha256"] == first.data.facts["sha256"]
+
+
+def test_a_file_name_that_is_no_text(recipe: Path) -> None:
+    for file in sorted((recipe.parent / "texts").iterdir()):
+        os.rename(os.fsencode(file), os.fsencode(file.parent) + b"/\xff" + os.fsencode(file.name))
+    record, _ = go(recipe, "training.tokens=128")
+    assert all(document.name.startswith("\\udcff") for document in record.documents)
+
+
+def test_a_tokenizer_of_another_model(recipe: Path, tmp_path: Path) -> None:
+    small = save_tiny(tmp_path / "small", vocab_size=100)
+    with pytest.raises(RunError, match="has embeddings for 0 to 99 only"):
+        go(recipe, f"backbone.id={small}")
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[]"])
+def test_a_torn_ground_is_named(recipe: Path, content: str) -> None:
+    _break_off(recipe)
+    (recipe.parent / "run" / "checkpoints" / "ground.json").write_text(content)
+    with pytest.raises(RunError, match=r"ground\.json is torn"):
+        go(recipe)
+
+
 def test_a_recipe_that_cannot_be_read_is_refused(finished: Path, tmp_path: Path) -> None:
     shutil.copytree(finished.parent / "run", tmp_path / "run")
     saved = tmp_path / "run" / "recipe.yaml"
-    saved.write_text(saved.read_text()[:40])
+    saved.write_text(saved.read_text()[:120])
     with pytest.raises(RunError, match="cannot be read, so the run cannot be resumed"):
         go(finished, f"output.dir={tmp_path / 'run'}")
 

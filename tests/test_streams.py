@@ -10,11 +10,11 @@ import pytest
 import torch
 from transformers import DynamicCache, StaticCache
 
-from recycle.parscale import CacheError, get_p, set_p, shrink_cache, use_p
+from recycle.parscale import CacheError, FamilyError, get_p, set_p, shrink_cache, use_p
 from recycle.parscale.prefix import PREFIX_CHILD, ActiveStreams, forward_state
 from recycle.parscale.streams import choose_streams
 from recycle.parscale.switch import _decoder_streams
-from tests.adapters import logits, scramble, stream_model, token_ids
+from tests.adapters import logits, scramble, stream_config, stream_model, token_ids
 from tests.tiny import tiny_model
 
 TYPES = ["qwen2", "llama", "gpt2"]
@@ -160,6 +160,23 @@ def test_a_deep_copy_is_a_model_of_its_own(model):
     assert not torch.equal(logits(twin, ids), expected)
     assert get_p(model) == 4
     assert torch.equal(logits(model, ids), expected)
+
+
+def test_a_cache_belongs_to_the_adapter_that_filled_it(model):
+    twin = copy.deepcopy(model)
+    twin.add_adapter("control", stream_config((1,)))
+    ids = token_ids(2, 9)
+    twin.set_adapter("control")
+    cache = twin(ids, use_cache=True).past_key_values
+    set_p(twin, 1)
+    with pytest.raises(CacheError, match="with adapter 'control', but the backbone alone is"):
+        twin(token_ids(2, 1), past_key_values=cache)
+
+
+@pytest.mark.parametrize("p", [2.0, True, "2", 0, -1, None])
+def test_p_is_a_whole_number_of_the_family(model, p):
+    with pytest.raises(FamilyError, match="offers P = 1, 2, 4, got p="):
+        set_p(model, p)
 
 
 # --- padding ----------------------------------------------------------------------------------

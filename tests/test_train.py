@@ -542,6 +542,21 @@ def test_a_torn_checkpoint_is_passed_over(
     assert losses(resumed) == pytest.approx(losses(expected), abs=1e-6)
 
 
+def test_what_is_no_checkpoint_is_left_alone_or_removed(
+    workshop: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = interrupted(workshop, tmp_path, monkeypatch)
+    (folder / "checkpoint-4.bak").mkdir()
+    (folder / "checkpoint-90").write_text("a file")
+    (folder / "checkpoint-91").symlink_to(folder / "nowhere")
+    assert last_checkpoint(folder) == folder / "checkpoint-4"
+    assert sorted(path.name for path in folder.glob("*-*")) == [
+        "checkpoint-2",
+        "checkpoint-4",
+        "checkpoint-4.bak",
+    ]
+
+
 def test_without_any_whole_checkpoint_training_starts_again(
     workshop: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -20,7 +20,6 @@ from typing import Any
 import torch
 import transformers
 from filelock import FileLock
-from safetensors import SafetensorError
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -68,7 +67,9 @@ def dequantised(id: str) -> Path:
 def _writing(folder: Path) -> Iterator[None]:
     try:
         yield
-    except (OSError, SafetensorError) as error:
+    except BackboneError:
+        raise
+    except Exception as error:  # safetensors and tokenizers have exceptions of their own
         raise BackboneError(
             f"cannot write the dequantised backbone to {str(folder)!r} ({first_line(error)}): "
             "make room there, or set RECYCLE_CACHE to another folder"

@@ -7,11 +7,12 @@ import random
 import sysconfig
 from collections import Counter
 from collections.abc import Iterator
+from functools import cache
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from recycle.recipe import Data
+from recycle.recipe import Data, holds_run
 
 from .evaluation import DOCUMENTS_PER_GROUP
 from .text import DataError, Text
@@ -115,7 +116,10 @@ def matching(data: Data) -> tuple[Path, list[Path]]:
     else:
         root = Path(*takewhile(lambda part: not glob.has_magic(part), path.parts))
         matches = map(Path, glob.glob(str(path), recursive=True))
-        files = sorted(match for match in matches if match.is_file())
+        runs = cache(holds_run)
+        files = sorted(
+            match for match in matches if match.is_file() and not any(map(runs, match.parents))
+        )
     if not files:
         takes = {"files": "a folder, a file or a glob", "jsonl": "a file or a glob"}[data.source]
         found = "holds no file" if path.is_dir() else "matches no file"
@@ -129,9 +133,13 @@ def matching(data: Data) -> tuple[Path, list[Path]]:
 
 
 def _walk(folder: Path, skip: set[str]) -> list[Path]:
-    """Files under `folder` in sorted order; nothing hidden, and no folder named in `skip`."""
+    """Files under `folder` in sorted order; nothing hidden, no folder named in `skip`, no run."""
     files = []
     for parent, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if name not in skip and name[0] != "."]
+        folders[:] = [
+            name
+            for name in folders
+            if name not in skip and name[0] != "." and not holds_run(Path(parent, name))
+        ]
         files += [Path(parent, name) for name in names if name[0] != "."]
     return sorted(file for file in files if file.is_file())

@@ -40,7 +40,7 @@ def _json_lines(files: list[Path], root: Path, data: Data, skipped: Counter[str]
                         yield from _row_text(json.loads(line), data, where, where, skipped)
         except DataError:
             raise
-        except (ValueError, OSError, EOFError) as error:  # ValueError: JSON or UTF-8
+        except (ValueError, OSError, EOFError, RecursionError) as error:  # ValueError: JSON, UTF-8
             raise DataError(
                 f"data.source=jsonl takes one JSON object in UTF-8 on each line; {file}, line "
                 f"{number or 1}: {error}. Mend the file, or leave it out of data.path."

@@ -19,6 +19,13 @@ class Text:
     name: str
     text: str
 
+    def __post_init__(self) -> None:
+        # File names may be any bytes, and JSON can spell half a surrogate pair; reports cannot.
+        for field in ("group", "name"):
+            value: str = getattr(self, field)
+            printable = value.encode("utf-8", "backslashreplace").decode()
+            object.__setattr__(self, field, printable)
+
     def lines(self) -> set[str]:
         """The distinct lines that say something, without indentation."""
         lines = (line.strip() for line in self.text.splitlines())

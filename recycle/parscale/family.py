@@ -89,8 +89,8 @@ def load(
     folder = find_folder(source, revision, access)
     family = Family.read(folder)
     offered = ([] if family.backbone_trained else [1]) + family.streams
-    if p is not None and p not in offered:
-        raise FamilyError(f"{source} offers P = {listed(offered)}, got p={p}.")
+    if p is not None and (type(p) is not int or p not in offered):
+        raise FamilyError(f"{source} offers P = {listed(offered)}, got p={p!r}.")
     members = read_members(folder, family)
     location, backbone_revision = family.backbone, family.revision
     if backbone is not None:

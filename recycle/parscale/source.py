@@ -20,6 +20,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+ADAPTER = "adapter_config.json"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -87,9 +88,11 @@ def read_config(files: SourceFiles) -> dict[str, Any]:
 def _in_folder(folder: Path) -> tuple[Path, tuple[Path, ...]]:
     config = folder / "config.json"
     if not config.is_file():
-        adapter = (folder / "adapter_config.json").is_file()
+        adapter = (folder / ADAPTER).is_file()
         hint = "; it holds a PEFT adapter, name the model it was trained on" if adapter else ""
         raise SourceError(f"not a model folder, it has no config.json: {str(folder)!r}{hint}")
+    if (folder / ADAPTER).is_file():
+        raise SourceError(_has_adapter(str(folder)))
     if (folder / SINGLE).is_file():
         return config, (folder / SINGLE,)
     if not (folder / INDEX).is_file():
@@ -109,6 +112,8 @@ def _on_hub(repo: str, revision: str | None, access: Access) -> SourceFiles:
         raise SourceError(
             f"not a model that transformers can load, it has no config.json: {_named(repo)}"
         )
+    if (config.parent / ADAPTER).exists():
+        raise SourceError(_has_adapter(_named(repo)))
     commit = config.parent.name  # <cache>/models--owner--name/snapshots/<commit>/config.json
     names = [SINGLE]
     weights = [_download(repo, commit, SINGLE, access)]
@@ -130,7 +135,7 @@ def _reach(repo: str, revision: str | None, token: str | bool | None) -> bool:
     Asked once and first: each later question to a Hub out of reach would cost its retries.
     """
     try:
-        HfApi().model_info(repo, revision=revision, timeout=10, token=token)
+        info = HfApi().model_info(repo, revision=revision, timeout=10, token=token)
     except HFValidationError:
         reason = (
             f"neither a folder nor a Hub id: {repo!r}; a backbone is a folder with config.json "
@@ -148,8 +153,17 @@ def _reach(repo: str, revision: str | None, token: str | bool | None) -> bool:
     except Exception:  # no network or a Hub that is down; the HTTP library's errors vary by version
         return False
     else:
-        return True
+        if all(file.rfilename != ADAPTER for file in info.siblings or []):
+            return True
+        reason = _has_adapter(_named(repo))
     raise SourceError(reason)
+
+
+def _has_adapter(where: str) -> str:
+    return (
+        f"{where} holds a PEFT adapter ({ADAPTER}) beside the model, which transformers would "
+        "apply unasked: name the model without it, or merge it and save the result"
+    )
 
 
 def _download(repo: str, revision: str | None, filename: str, access: Access) -> Path | None:

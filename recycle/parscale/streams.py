@@ -42,10 +42,10 @@ class StreamCache(Cache):
     static caches work on it as on any other, and fewer streams are a slice of it.
     """
 
-    def __init__(self, cache: Cache, num_streams: int) -> None:
+    def __init__(self, cache: Cache, streams: ActiveStreams) -> None:
         self.cache = cache
-        self.num_streams = num_streams
-        cache.num_streams = num_streams
+        self.num_streams = streams.num_streams
+        cache.num_streams, cache.adapter = streams.num_streams, streams.adapter
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.cache, name)
@@ -97,16 +97,23 @@ def shrink_cache(cache: Cache, p: int) -> None:
     cache.num_streams = p
 
 
-def _check_cache(cache: Cache | None, p: int) -> None:
+def _check_cache(cache: Cache | None, streams: ActiveStreams | None) -> None:
     if cache is None:
         return
-    have = getattr(cache, "num_streams", 1)
+    p, adapter = (1, None) if streams is None else (streams.num_streams, streams.adapter)
+    have, filled_by = getattr(cache, "num_streams", 1), getattr(cache, "adapter", None)
     filled = any(getattr(layer, "keys", None) is not None for layer in cache.layers)
     if filled and have != p:
         raise CacheError(
             f"The cache was filled with P = {have}, but P = {p} is in use. Go on with P = {have}, "
             "start with a new cache, or, to go down within a nested family, cut it with "
             "recycle.parscale.shrink_cache(cache, p)."
+        )
+    if filled and filled_by != adapter:
+        names = [f"adapter {x!r}" if x else "the backbone alone" for x in (filled_by, adapter)]
+        raise CacheError(
+            f"The cache was filled with {names[0]}, but {names[1]} is in use. Start with a new "
+            "cache."
         )
 
 
@@ -174,11 +181,11 @@ class DecoderStreams(nn.Module, StreamLayer):
         p = 1 if streams is None else streams.num_streams
         kwargs = {**dict(zip(self._argument_names, args, strict=False)), **kwargs}
         cache = kwargs.get("past_key_values")
-        _check_cache(cache, p)
+        _check_cache(cache, streams)
         forward_state.streams = None
         if streams is None:
             if cache is not None:
-                cache.num_streams = 1
+                cache.num_streams, cache.adapter = 1, None
             return None
 
         implementation = decoder.config._attn_implementation
@@ -205,7 +212,7 @@ class DecoderStreams(nn.Module, StreamLayer):
         if cache is None and use_cache and not _checkpoints(decoder):
             cache = DynamicCache(config=decoder.config)
         if cache is not None:
-            kwargs["past_key_values"] = StreamCache(cache, p)
+            kwargs["past_key_values"] = StreamCache(cache, streams)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             _carry_streams_into_recomputation(decoder)
         forward_state.streams = streams

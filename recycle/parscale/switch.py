@@ -101,8 +101,8 @@ def _decoder_streams(model: nn.Module) -> DecoderStreams:
 def _find(model: nn.Module, p: int) -> ActiveStreams | None:
     layer = _decoder_streams(model)
     offered = available_p(model)
-    if p not in offered:
-        raise FamilyError(f"This model offers P = {listed(offered)}, got p={p}.")
+    if type(p) is not int or p not in offered:
+        raise FamilyError(f"This model offers P = {listed(offered)}, got p={p!r}.")
     if p == 1:
         return None
     names = sorted(layer.heads, key=lambda name: name not in layer.active_adapters)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import Qwen2Config
@@ -86,6 +87,19 @@ def import_checkpoint(
             )
     checkpoint = Checkpoint.open(source, revision)
     out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        _write(checkpoint, out, backbone, written_out)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{out} could not be written: {str(error).splitlines()[0]}. Make room there, then give "
+            "the same command again."
+        ) from None
+    return out
+
+
+def _write(
+    checkpoint: Checkpoint, out: Path, backbone: str | None, written_out: Path | None
+) -> None:
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as scratch:
         adapter, plain = Path(scratch) / "adapter", Path(scratch) / "adapter" / BACKBONE
         config, state = _adapter(checkpoint)
@@ -106,7 +120,6 @@ def import_checkpoint(
             written_out.parent.mkdir(parents=True, exist_ok=True)
             shutil.move(plain, written_out)
         adapter.rename(out)
-    return out
 
 
 def _adapter(checkpoint: Checkpoint) -> tuple[ParScaleConfig, dict[str, Tensor]]:

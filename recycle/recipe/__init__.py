@@ -21,9 +21,10 @@ from recycle.recipe.schema import (
     differing_keys,
     identity,
 )
-from recycle.recipe.show import dump, show
+from recycle.recipe.show import SAVED, dump, holds_run, show
 
 __all__ = [
+    "SAVED",
     "Backbone",
     "Data",
     "Evaluation",
@@ -37,6 +38,7 @@ __all__ = [
     "Training",
     "differing_keys",
     "dump",
+    "holds_run",
     "identity",
     "load",
     "resolve",

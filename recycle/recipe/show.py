@@ -4,6 +4,7 @@ import io
 import json
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
@@ -13,6 +14,19 @@ from recycle.recipe.schema import MAPPINGS, Recipe, flatten
 
 # Words that need no quotes in YAML: no signs with a meaning, and not one of YAML's own words.
 _WORD = re.compile(r"(?!(?:null|true|false)$)[a-z_/][\w./+-]*", re.IGNORECASE | re.ASCII)
+
+
+SAVED = "recipe.yaml"
+_MARK = "# The resolved recipe of the run in this folder, written by recycle.\n"
+
+
+def holds_run(folder: Path) -> bool:
+    """Whether a folder is a run's: its recipe.yaml is one that `dump` wrote, and not a user's."""
+    try:
+        with (folder / SAVED).open(encoding="utf-8", errors="replace") as file:
+            return file.readline() == _MARK
+    except OSError:
+        return False
 
 
 def dump(recipe: Recipe) -> str:
@@ -32,7 +46,7 @@ def dump(recipe: Recipe) -> str:
     yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
     text = io.StringIO()
     yaml.dump(tree, text)
-    return text.getvalue()
+    return _MARK + text.getvalue()
 
 
 def show(resolved: Resolved) -> str:

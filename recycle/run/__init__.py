@@ -26,7 +26,7 @@ from .folder import (
     same_ground,
     saved_recipe,
 )
-from .measure import check_window, evaluate_again, measure, prepare_data
+from .measure import check_tokens, check_window, evaluate_again, measure, prepare_data
 from .record import backbone_record, data_record, device_of, hardware, scored_documents, with_dtype
 from .settle import as_before, settled, with_absolute_paths
 
@@ -68,6 +68,7 @@ def run(resolved: Resolved, command: str, console: Console) -> Results:
     check_window(recipe, model.config)
     console.print(f"Data: {recipe.data.source} {recipe.data.path or ''}".rstrip())
     splits = prepare_data(recipe, tokenizer)
+    check_tokens(splits, model)
     recipe = settled(
         recipe,
         {

@@ -9,12 +9,12 @@ from filelock import FileLock, Timeout
 
 from recycle import results
 from recycle.parscale.fingerprint import Fingerprint, differences
-from recycle.recipe import Recipe, RecipeError, differing_keys, load
+from recycle.recipe import SAVED, Recipe, RecipeError, differing_keys, holds_run, load
 from recycle.results import Results
 
 from .settle import as_before
 
-RECIPE = "recipe.yaml"
+RECIPE = SAVED
 RESULTS = "results.json"
 CHECKPOINTS = "checkpoints"
 GROUND = "ground.json"  # among the checkpoints: what they were made on
@@ -26,7 +26,7 @@ class RunError(ValueError):
 
 def run_folder(recipe: Recipe) -> Path:
     """Where a recipe's run lies."""
-    return Path(recipe.output.dir or Path("runs") / recipe.name)
+    return Path(recipe.output.dir or Path("runs") / recipe.name).expanduser()
 
 
 def saved_recipe(recipe: Recipe, folder: Path) -> Recipe | None:
@@ -38,15 +38,13 @@ def saved_recipe(recipe: Recipe, folder: Path) -> Recipe | None:
     if not folder.exists():
         return None
     path = folder / RECIPE
-    if not folder.is_dir() or (
-        not path.is_file() and any(inside.name != CHECKPOINTS for inside in folder.iterdir())
-    ):
+    if not holds_run(folder):
+        if folder.is_dir() and _only_begun(folder):
+            return None
         raise RunError(
-            f"{folder} exists and is no run folder (it has no {RECIPE}); nothing was changed. "
-            "Choose another with output.dir=FOLDER."
+            f"{folder} exists and is no run folder (it has no {RECIPE} of a run); nothing was "
+            "changed. Choose another with output.dir=FOLDER."
         )
-    if not path.is_file():
-        return None
     try:
         saved = load(path)
     except RecipeError as error:
@@ -59,6 +57,12 @@ def saved_recipe(recipe: Recipe, folder: Path) -> Recipe | None:
             "another folder with output.dir=FOLDER."
         )
     return saved
+
+
+def _only_begun(folder: Path) -> bool:
+    """Whether a folder is empty, or holds what a run leaves that was killed before its recipe."""
+    begun = {folder / CHECKPOINTS, folder / CHECKPOINTS / "lock", folder / f".{RECIPE}.tmp"}
+    return begun.issuperset(folder.rglob("*"))
 
 
 def finished_results(folder: Path) -> Results | None:
@@ -112,8 +116,14 @@ def same_ground(folder: Path, backbone: Fingerprint, dtype: str, data: dict[str,
     if not record.is_file():
         results.write_atomically(record, json.dumps(now).encode())
         return
-    before = json.loads(record.read_text())
-    differing = differences(Fingerprint.from_dict(before["backbone"]), backbone)
+    try:
+        before = json.loads(record.read_text())
+        differing = differences(Fingerprint.from_dict(before["backbone"]), backbone)
+    except (ValueError, KeyError, TypeError) as error:
+        raise RunError(
+            f"{record} is torn ({error}), so the run cannot be resumed. Choose another folder with "
+            "output.dir=FOLDER, or delete this one."
+        ) from None
     if before["dtype"] != dtype:
         differing.append(f"it computed in {before['dtype']}, and this machine in {dtype}")
     if before["data"] != data:

@@ -4,9 +4,10 @@ import time
 from datetime import UTC, datetime
 from pathlib import Path
 
+import numpy as np
 from peft import PeftModelForCausalLM
 from rich.console import Console
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from recycle import backbone as backbones
 from recycle import data, evaluate, results
@@ -49,6 +50,24 @@ def check_window(recipe: Recipe, config: PretrainedConfig) -> None:
         raise RunError(
             f"The window of {recipe.backbone.id} is {window} tokens (max_position_embeddings), and "
             f"{', '.join(too_long)}. Set {'it' if len(too_long) == 1 else 'them'} to at most that."
+        )
+
+
+def check_tokens(splits: data.Splits, model: PreTrainedModel) -> None:
+    """Refuse data with token ids that the model has no embedding for.
+
+    Raises:
+        RunError: The tokenizer belongs to another model.
+    """
+    size = model.get_input_embeddings().num_embeddings
+    rows = [document.input_ids for document in (*splits.validation, *splits.test)]
+    rows += splits.starts.tolist()
+    blocks = splits.train.with_format("numpy")[:]["input_ids"]
+    largest = max(max(map(max, rows)), int(np.max(blocks, initial=0)))
+    if largest >= size:
+        raise RunError(
+            f"The tokenizer gives token {largest}, and the backbone has embeddings for 0 to "
+            f"{size - 1} only. Put the tokenizer of the model beside its weights."
         )
 
 

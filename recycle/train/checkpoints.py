@@ -1,12 +1,11 @@
 """Checkpoints that are whole or not taken for one, and the error that keeps the last of them."""
 
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-
-from safetensors import SafetensorError
 
 from recycle.parscale.folder import file_sha256
 from recycle.results import write_atomically
@@ -20,9 +19,13 @@ class TrainingError(RuntimeError):
 
 def last_checkpoint(folder: Path) -> Path | None:
     """The newest checkpoint that is whole; torn ones after it are removed."""
-    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    found = sorted(
+        (path for path in folder.glob("checkpoint-*") if re.fullmatch(r"\w+-\d+", path.name)),
+        key=lambda path: int(path.name.split("-")[1]),
+    )
     while found and not is_whole(found[-1]):
-        shutil.rmtree(found.pop())
+        torn = found.pop()
+        shutil.rmtree(torn) if torn.is_dir() and not torn.is_symlink() else torn.unlink()
     return found[-1] if found else None
 
 
@@ -46,14 +49,14 @@ def _hashes(checkpoint: Path) -> bytes:
 
 @contextmanager
 def writing(what: Path) -> Iterator[None]:
-    """Give what cannot be written one exception; torch and safetensors each have their own.
+    """Give what cannot be written one exception; torch, safetensors and tokenizers have their own.
 
     Raises:
         TrainingError: In the place of theirs, of which a full disk is the usual cause.
     """
     try:
         yield
-    except (OSError, RuntimeError, SafetensorError) as error:
+    except Exception as error:
         raise TrainingError(
             f"{what} could not be written: {str(error).splitlines()[0]}. The last good "
             "checkpoint is kept. Make room on that disk, then give the same command again."
