@@ -6,7 +6,7 @@ import warnings
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from recycle.parscale import (
     ParScaleConfig,
@@ -15,6 +15,7 @@ from recycle.parscale import (
     get_p,
     set_p,
 )
+from recycle.parscale.initialise import find_decoder
 from recycle.parscale.prefix import StreamLayer
 from tests.adapters import logits, scramble, stream_config, stream_model, token_ids
 from tests.tiny import save_tiny, tiny_model
@@ -379,11 +380,27 @@ def test_a_config_serves_one_shape_of_backbone():
         get_peft_model(tiny_model(num_hidden_layers=3), config)
 
 
-def test_a_model_that_is_its_own_decoder_is_refused():
-    backbone = tiny_model("llama4_text", head_dim=16, num_local_experts=2, no_rope_layers=[1, 0])
-    with pytest.raises(UnsupportedModelError, match=r"Llama4ForCausalLM.get_decoder\(\)"):
-        get_peft_model(backbone, stream_config((2,), init="random"))
-    assert not any(isinstance(module, StreamLayer) for module in backbone.modules())
+def test_the_decoder_is_found_where_get_decoder_is_something_else():
+    """Llama 4 gives itself, and ModernBERT's decoder its output head, which has that name."""
+    sizes = {"head_dim": 16, "num_local_experts": 2, "no_rope_layers": [1, 0]}
+    llama = tiny_model("llama4_text", **sizes)
+    assert llama.get_decoder() is llama
+    assert find_decoder(llama) is llama.model
+    bert = tiny_model("modernbert-decoder")
+    assert not isinstance(bert.get_decoder(), PreTrainedModel)
+    assert find_decoder(bert) is bert.model
+    model = stream_model(llama)
+    assert find_decoder(model) is llama.model
+    assert "streams" in llama.model._modules
+
+
+def test_a_model_without_a_decoder_below_it_is_refused():
+    model = tiny_model()
+    model.other = AutoModelForCausalLM.from_config(model.config)
+    model.get_decoder = lambda: model
+    with pytest.raises(UnsupportedModelError, match="2 models below Qwen2ForCausalLM"):
+        get_peft_model(model, stream_config((2,)))
+    assert not any(isinstance(module, StreamLayer) for module in model.modules())
 
 
 def test_a_model_without_attention_is_refused():

@@ -5,17 +5,41 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .aggregator import Aggregator
 from .config import ParScaleConfig
+from .fallback import REFUSED, Extend, intercept, is_handmade
 from .prefix import PREFIX_CHILD, StreamPrefix, forward_state
 from .streams import STREAMS_CHILD, DecoderStreams, choose_streams
 
 
 class UnsupportedModelError(ValueError):
     """The model has no attention that these prefixes, or this start of them, could enter."""
+
+
+def find_decoder(model: nn.Module) -> PreTrainedModel:
+    """The decoder of a causal LM, the part before its output head.
+
+    Raises:
+        UnsupportedModelError: There is none, as a module of its own.
+    """
+    causal_lm: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    decoder = causal_lm.get_decoder()
+    if not isinstance(decoder, PreTrainedModel):  # a head of that name
+        decoder = causal_lm
+    while decoder.get_output_embeddings() is not None:
+        below = [child for child in decoder.children() if isinstance(child, PreTrainedModel)]
+        if len(below) != 1:
+            raise UnsupportedModelError(
+                "Streams enter a decoder below the causal LM, before its output head; "
+                f"{type(causal_lm).__name__} (model type {causal_lm.config.model_type!r}) has "
+                f"{len(below)} models below {type(decoder).__name__}, and one is expected."
+            )
+        decoder = below[0]
+    return decoder
 
 
 @torch.no_grad()
@@ -26,7 +50,7 @@ def _record(
 
     Returns the keys and values of each call of each attention module, and the decoder's output.
     """
-    decoder = model.get_decoder()
+    decoder = find_decoder(model)
     recorded: dict[nn.Module, list[tuple[Tensor, Tensor]]] = {}
 
     def record(module: nn.Module, key: Tensor, value: Tensor) -> None:
@@ -35,6 +59,7 @@ def _record(
     inputs: dict[str, Any] = {"input_ids": token_ids, "use_cache": False}
     if position_ids is not None:
         inputs["position_ids"] = position_ids
+    hooks = [intercept(module, _recorder) for module in decoder.modules() if is_handmade(module)]
     training = [module for module in decoder.modules() if module.training]
     decoder.eval()
     forward_state.record = record
@@ -44,9 +69,23 @@ def _record(
             output = decoder(**inputs)
     finally:
         forward_state.record = None
+        for hook in hooks:
+            hook.remove()
         for module in training:
             module.training = True
     return recorded, output[0]
+
+
+def _recorder(module: nn.Module) -> tuple[Extend, int] | None:
+    record = forward_state.record
+    if record is None:
+        return None
+
+    def extend(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        record(module, key, value)
+        return key, value
+
+    return extend, 0
 
 
 def locate_attention(model: PreTrainedModel, config: ParScaleConfig) -> None:
@@ -58,7 +97,7 @@ def locate_attention(model: PreTrainedModel, config: ParScaleConfig) -> None:
         UnsupportedModelError: No module calls transformers' attention interface, the decoder is no
             module of its own, or `config` belongs to a model of another shape.
     """
-    decoder = model.get_decoder()
+    decoder = find_decoder(model)
     device = next(decoder.parameters()).device
     if device.type == "meta":
         if config.attention_shapes is not None:
@@ -70,19 +109,14 @@ def locate_attention(model: PreTrainedModel, config: ParScaleConfig) -> None:
     recorded, output = _record(model, torch.tensor([[0, 1]], device=device), None)
     names = {module: name for name, module in model.named_modules()}
     name = type(model).__name__
-    if not names[decoder]:
-        raise UnsupportedModelError(
-            "Streams enter a decoder below the causal LM, before its output head; "
-            f"{name}.get_decoder() (model type {model.config.model_type!r}) is the model itself."
-        )
     shapes = {
         names[module]: [key.shape[1], key.shape[-1], value.shape[-1]]
         for module, ((key, value), *_) in recorded.items()
     }
     if not shapes:
         raise UnsupportedModelError(
-            "Streams need attention that goes through transformers' AttentionInterface; "
-            f"{name} (model type {model.config.model_type!r}) has none. Supported are decoders "
+            f"Streams enter a model through the keys and values of its attention; {name} (model "
+            f"type {model.config.model_type!r}) {_why_no_attention(model)}. Supported are decoders "
             "with attention layers, such as Llama, Qwen, Mistral, Gemma, Phi or GPT-2."
         )
     found = {"decoder": names[decoder], "hidden_size": output.shape[-1], "attention_shapes": shapes}
@@ -95,6 +129,15 @@ def locate_attention(model: PreTrainedModel, config: ParScaleConfig) -> None:
                 "new ParScaleConfig."
             )
         setattr(config, field, value)
+
+
+def _why_no_attention(model: PreTrainedModel) -> str:
+    if model._is_stateful:
+        return "has none: its layers are recurrent"
+    reasons = {REFUSED[name] for m in model.modules() if (name := type(m).__name__) in REFUSED}
+    return "computes attention by hand, past transformers' AttentionInterface, " + (
+        " and ".join(sorted(reasons)) or "in a way that is not known to take prefixes"
+    )
 
 
 def _brief(value: Any) -> str:
@@ -168,7 +211,7 @@ def text_start(
     Raises as `start_from_text` does.
     """
     check_token_ids(model, token_ids)
-    decoder = model.get_decoder()
+    decoder = find_decoder(model)
     tokens = torch.as_tensor(token_ids, device=next(decoder.parameters()).device)
     rope = getattr(decoder.config, "rope_parameters", None)
     positions = None
@@ -210,7 +253,7 @@ def start_from(
                     f"got {(tensor.shape[0], tensor.shape[2])}."
                 )
             parameter.data.copy_(tensor)
-    streams = model.get_decoder()._modules[STREAMS_CHILD]
+    streams = find_decoder(model)._modules[STREAMS_CHILD]
     assert isinstance(streams, DecoderStreams)
     aggregator = streams.parscale_aggregator[adapter]
     assert isinstance(aggregator, Aggregator)

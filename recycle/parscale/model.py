@@ -57,7 +57,7 @@ class ParScaleModel(BaseTuner):
         shape = (config.attention_shapes or {}).get(current_key)
         if shape is not None:
             if PREFIX_CHILD not in target._modules:
-                target.add_module(PREFIX_CHILD, StreamPrefix())
+                target.add_module(PREFIX_CHILD, StreamPrefix(target))
             prefix = target._modules[PREFIX_CHILD]
             assert isinstance(prefix, StreamPrefix)
             prefix.add(
@@ -138,9 +138,8 @@ class ParScaleModel(BaseTuner):
             )
         for module in list(self.model.modules()):
             for name, child in list(module.named_children()):
-                if isinstance(child, DecoderStreams):
+                if isinstance(child, StreamPrefix | DecoderStreams):
                     child.remove()
-                if isinstance(child, StreamLayer):
                     delattr(module, name)
         if hasattr(self.model, "peft_config"):
             del self.model.peft_config

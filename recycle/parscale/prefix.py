@@ -8,12 +8,15 @@ b.
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from .fallback import Extend, intercept, is_handmade
 
 PREFIX_CHILD = "stream_prefix"
 
@@ -81,9 +84,10 @@ class StreamPrefix(nn.Module, StreamLayer):
 
     adapter_layer_names = ("parscale_keys", "parscale_values")
 
-    def __init__(self) -> None:
+    def __init__(self, attention: nn.Module) -> None:
         nn.Module.__init__(self)
         StreamLayer.__init__(self)
+        self._hook = intercept(attention, _handmade_prefix) if is_handmade(attention) else None
         self.parscale_keys = nn.ParameterDict()
         self.parscale_values = nn.ParameterDict()
 
@@ -97,6 +101,11 @@ class StreamPrefix(nn.Module, StreamLayer):
             start = torch.empty(streams, heads, tokens, size, device=device, dtype=torch.float32)
             values[adapter] = nn.Parameter(start.normal_(std=0.02))
 
+    def remove(self) -> None:
+        """Leave the attention module as it was."""
+        if self._hook is not None:
+            self._hook.remove()
+
     def prepend(self, streams: ActiveStreams, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Put the prefix before the text's keys [B*P, H, K, Dk] and values [B*P, H, K, Dv]."""
         return (
@@ -109,6 +118,14 @@ def _prepend(prefix: Tensor, text: Tensor) -> Tensor:
     text = text.unflatten(0, (-1, prefix.shape[0]))  # [B, P, H, K, D]
     prefix = prefix.to(text).expand(text.shape[0], -1, -1, -1, -1)
     return torch.cat([prefix, text], dim=3).flatten(0, 1)
+
+
+def _handmade_prefix(module: nn.Module) -> tuple[Extend, int] | None:
+    """What a call of a module without the attention interface has to be extended by."""
+    streams, prefix = forward_state.streams, module._modules.get(PREFIX_CHILD)
+    if streams is None or not isinstance(prefix, StreamPrefix):
+        return None
+    return partial(prefix.prepend, streams), prefix.parscale_keys[streams.adapter].shape[2]
 
 
 def attend(
@@ -145,6 +162,9 @@ def attend(
 
     key, value = prefix.prepend(streams, key, value)
     num_virtual_tokens = prefix.parscale_keys[streams.adapter].shape[2]
+    position_bias = kwargs.get("position_bias")  # [B*P, heads, Q, K]; none for the prefix
+    if position_bias is not None:
+        kwargs["position_bias"] = F.pad(position_bias, (num_virtual_tokens, 0))
     if attention_mask is not None:
         visible = 1.0 if attention_mask.dtype == torch.bool else 0.0
         attention_mask = F.pad(attention_mask, (num_virtual_tokens, 0), value=visible)
@@ -159,5 +179,7 @@ def attend(
     # Their outputs are dropped; a mask instead would rule out the flash kernels and compute the
     # upper triangle as well.
     query = F.pad(query, (0, 0, num_virtual_tokens, 0))
+    if position_bias is not None:
+        kwargs["position_bias"] = F.pad(position_bias, (num_virtual_tokens, 0) * 2)
     output, weights = attention(module, query, key, value, None, *args, **kwargs)
     return output[:, num_virtual_tokens:], weights

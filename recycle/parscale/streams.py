@@ -46,9 +46,21 @@ class StreamCache(Cache):
         self.cache = cache
         self.num_streams = streams.num_streams
         cache.num_streams, cache.adapter = streams.num_streams, streams.adapter
+        self._change_positions(lambda x: x.repeat_interleave(self.num_streams, dim=1))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.cache, name)
+
+    def close(self) -> Cache:
+        """The cache itself, when the decoder is done with it."""
+        self._change_positions(lambda x: x[:, :: self.num_streams])
+        return self.cache
+
+    def _change_positions(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Qwen4-Exp keeps position ids [3, B, S] in its layers, the same for all streams."""
+        for layer in self.cache.layers:
+            if getattr(layer, "indexer_position_ids", None) is not None:
+                layer.indexer_position_ids = change(layer.indexer_position_ids)
 
     def _fold(self, x: Tensor) -> Tensor:  # [B*P, H, ...] -> [B, P*H, ...]
         return x.reshape(-1, self.num_streams * x.shape[1], *x.shape[2:])
@@ -64,6 +76,31 @@ class StreamCache(Cache):
             self._fold(key_states), self._fold(value_states), layer_idx, *args, **kwargs
         )
         return self._unfold(keys), self._unfold(values)
+
+    # What recurrent layers and sparse attention keep is folded in the same way: channels of a
+    # convolution, heads of a recurrent state, channels of an indexer's keys.
+
+    def get_conv_state(self, *args: Any, **kwargs: Any) -> Tensor | None:
+        state = self.cache.get_conv_state(*args, **kwargs)
+        return None if state is None else self._unfold(state)
+
+    def update_conv_state(self, conv_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return self._unfold(self.cache.update_conv_state(self._fold(conv_states), *args, **kwargs))
+
+    def get_recurrent_state(self, *args: Any, **kwargs: Any) -> Tensor | None:
+        state = self.cache.get_recurrent_state(*args, **kwargs)
+        return None if state is None else self._unfold(state)
+
+    def update_recurrent_state(self, recurrent_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return self._unfold(
+            self.cache.update_recurrent_state(self._fold(recurrent_states), *args, **kwargs)
+        )
+
+    def update_indexer(self, indexer_key_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Append keys `[B*P, S, D]` of an indexer; return all of the layer's."""
+        folded = self._fold(indexer_key_states.transpose(1, 2)).transpose(1, 2)  # [B, S, P*D]
+        keys = self.cache.update_indexer(folded, *args, **kwargs)
+        return self._unfold(keys.transpose(1, 2)).transpose(1, 2)
 
 
 def shrink_cache(cache: Cache, p: int) -> None:
@@ -128,6 +165,10 @@ class DecoderStreams(nn.Module, StreamLayer):
         self.parscale_aggregator = nn.ModuleDict()
         self.p: dict[str, int] = {}  # the P in use, for each adapter
         self.heads: dict[str, list[int]] = {}
+        # RoBERTa and its like count positions themselves, and from 2.
+        self._counts_positions = any(
+            hasattr(module, "create_position_ids_from_input_ids") for module in decoder.modules()
+        )
         self._argument_names = list(inspect.signature(decoder.forward).parameters)
         self._hooks = [
             decoder.register_forward_pre_hook(self._replicate, with_kwargs=True),
@@ -198,7 +239,8 @@ class DecoderStreams(nn.Module, StreamLayer):
         text = kwargs["inputs_embeds"] if text is None else text
         mask = kwargs.get("attention_mask")
         if (
-            kwargs.get("position_ids") is None
+            not self._counts_positions
+            and kwargs.get("position_ids") is None
             and "position_ids" in self._argument_names
             and isinstance(mask, Tensor)
             and mask.ndim == 2
@@ -222,6 +264,9 @@ class DecoderStreams(nn.Module, StreamLayer):
         self, decoder: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> Any:
         streams, forward_state.streams = forward_state.streams, None
+        cache = kwargs.get("past_key_values")
+        if isinstance(cache, StreamCache):
+            cache.close()
         if streams is None or output is None:
             return None
         hidden = output[0].unflatten(0, (-1, streams.num_streams))  # [B, P, S, D]

@@ -1,0 +1,140 @@
+"""Prefixes in attention modules that do without transformers' attention interface.
+
+Bloom, Falcon, GPT-J and their like compute attention by hand, but they all get their keys and
+values from the cache that they are called with. So they are handed a cache that puts the prefix in
+front of what it returns, and a mask and position bias that are wider by the prefix.
+
+Dimensions: B batch, P streams, H key-value heads, n prefix tokens, Q query length, K key length.
+"""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.hooks import RemovableHandle
+from transformers.cache_utils import Cache
+from transformers.models.bloom.modeling_bloom import build_alibi_tensor
+
+# The modules that were found to work so, by class name, and the argument that brings the cache.
+CACHE_ARGUMENT = {
+    "BloomAttention": "layer_past",
+    "CodeGenAttention": "layer_past",
+    "FalconAttention": "layer_past",
+    "GPTJAttention": "layer_past",
+    "GPTNeoXJapaneseAttention": "layer_past",
+    "MegatronBertSelfAttention": "past_key_values",
+    "RemBertSelfAttention": "past_key_values",
+    "XGLMAttention": "past_key_values",
+}
+# And those that were found not to.
+REFUSED = {
+    "GPTNeoSelfAttention": "with a mask of its own in local layers, which would hide the prefix",
+    "MptAttention": "with positions that count padding, which would push the prefix away",
+    "RoFormerSelfAttention": "with positions that count padding, which would push the prefix away",
+}
+
+# Puts a prefix, or nothing, before the keys and values of a call.
+Extend = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+class PrefixedCache(Cache):
+    """What an attention module sees of the cache, or of none: `update` returns the prefix as well.
+
+    Nothing but the text's own keys and values is ever stored.
+    """
+
+    def __init__(self, cache: Cache | None, extend: Extend) -> None:
+        self.cache = cache
+        self.extend = extend
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.cache, name)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return 0 if self.cache is None else self.cache.get_seq_length(layer_idx)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Keys and values `[B*P, H, n + K, D]` of a layer, with those given now at the end."""
+        if self.cache is not None:
+            key_states, value_states = self.cache.update(
+                key_states, value_states, layer_idx, *args, **kwargs
+            )
+        return self.extend(key_states, value_states)
+
+
+def is_handmade(module: nn.Module) -> bool:
+    """Whether a module computes attention by hand, in a way that takes prefixes."""
+    return type(module).__name__ in CACHE_ARGUMENT
+
+
+def intercept(
+    module: nn.Module, prefix: Callable[[nn.Module], tuple[Extend, int] | None]
+) -> RemovableHandle:
+    """Let `prefix` into the attention of a module.
+
+    Args:
+        module: One for which `is_handmade` holds.
+        prefix: Gives, for a call of the module, what extends its keys and values and by how many
+            tokens n; None to leave the call alone.
+    """
+    names = list(inspect.signature(module.forward).parameters)
+    cache_argument = CACHE_ARGUMENT[type(module).__name__]
+
+    def before(
+        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        found = prefix(module)
+        if found is None:
+            return None
+        extend, n = found
+        kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
+        cache = kwargs.get(cache_argument)
+        kwargs[cache_argument] = PrefixedCache(cache, extend)
+        if n:
+            _widen(module, cache, kwargs, n)
+        return (), kwargs
+
+    return module.register_forward_pre_hook(before, with_kwargs=True)
+
+
+def _widen(module: nn.Module, cache: Cache | None, kwargs: dict[str, Any], n: int) -> None:
+    """Make room for n prefix tokens in the mask and the position bias of a call, in place."""
+    hidden = kwargs["hidden_states"]
+    mask, alibi = kwargs.get("attention_mask"), kwargs.get("alibi")
+    if mask is None and hidden.shape[1] > 1:
+        mask = _causal_mask(hidden, 0 if cache is None else cache.get_seq_length())
+    bias = None
+    heads: Any = module.num_heads if alibi is not None else None
+    if alibi is not None:  # [B*P*heads, 1, K] or [B*P, heads, 1, K]; the prefix is at -n to -1
+        bias = _alibi_before_the_text(heads, n, alibi)  # [heads, 1, n]
+        rows = bias if alibi.ndim == 4 else bias.repeat(alibi.shape[0] // heads, 1, 1)
+        kwargs["alibi"] = torch.cat([rows.expand(*alibi.shape[:-1], n), alibi], dim=-1)
+    if mask is None:
+        return
+    if bias is not None and mask.shape[1] == heads:  # Falcon has its bias in the mask
+        scale: Any = module.inv_norm_factor
+        room = (bias * scale).to(mask).expand(*mask.shape[:-1], n)
+        kwargs["attention_mask"] = torch.cat([room, mask], dim=-1)
+        return
+    visible = 1.0 if mask.dtype == torch.bool else 0.0
+    kwargs["attention_mask"] = F.pad(mask, (n, 0), value=visible)
+
+
+def _causal_mask(hidden: Tensor, seen: int) -> Tensor:
+    """Additive mask `[1, 1, Q, seen + Q]` for hidden states [B*P, Q, D]."""
+    length = hidden.shape[1]
+    lowest = torch.finfo(hidden.dtype).min
+    mask = torch.full((length, seen + length), lowest, dtype=hidden.dtype, device=hidden.device)
+    return mask.triu(seen + 1)[None, None]
+
+
+def _alibi_before_the_text(heads: int, n: int, like: Tensor) -> Tensor:
+    """ALiBi `[heads, 1, n]` of n tokens at positions -n to -1."""
+    two = torch.ones(1, 2, dtype=torch.long, device=like.device)
+    slopes = build_alibi_tensor(two, heads, like.dtype)[:, :, 1:]  # at position 1
+    return slopes * torch.arange(-n, 0, device=like.device)
