@@ -1,10 +1,11 @@
 # make demo: set up and recycle a real model on the CPU.   make test: set up and pass every test.
+# make test-all: that, and every model type of transformers, whose record it writes anew.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: setup demo test test-fast lint bench clean
+.PHONY: setup demo test test-fast test-all lint bench clean
 
 setup: $(VENV)/.installed
 
@@ -28,11 +29,15 @@ test: setup
 test-fast: setup
 	$(BIN)/pytest -n 2 --dist worksteal -q -m 'not slow'
 
+test-all: test
+	$(BIN)/python scripts/families.py
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python scripts/update_readme.py --check
+	$(BIN)/python scripts/families.py --check
 
 bench: setup
 	$(BIN)/python scripts/bench_overhead.py

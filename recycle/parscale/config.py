@@ -29,7 +29,8 @@ class ParScaleConfig(PeftConfig):
             attention module with a prefix, by its name; found at injection with a two-token pass.
         backbone_trained: The backbone was trained together with the streams, so P = 1 is not the
             original model.
-        backbone_dtype: Precision the backbone had when the adapter was trained.
+        backbone_dtype: Number format that the backbone computed in when the adapter was trained.
+        backbone_quantization: `"nf4"` or `"int8"` where its weights were quantised then.
         fingerprint: What identifies the backbone, see `recycle.parscale.fingerprint`.
     """
 
@@ -50,6 +51,9 @@ class ParScaleConfig(PeftConfig):
     )
     backbone_trained: bool = field(default=False, metadata={"help": "P = 1 is not offered."})
     backbone_dtype: str | None = field(default=None, metadata={"help": "Precision in training."})
+    backbone_quantization: str | None = field(
+        default=None, metadata={"help": "'nf4' or 'int8' in training."}
+    )
     fingerprint: dict[str, Any] | None = field(
         default=None, metadata={"help": "Identity of the backbone."}
     )

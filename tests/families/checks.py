@@ -74,18 +74,29 @@ def generate(model: nn.Module, ids: Tensor, **options: Any) -> Tensor:
 
 
 @torch.no_grad()
-def check_cache(model: nn.Module) -> None:
-    """Logits in pieces through the cache are those of one pass, and so are greedy tokens."""
+def _in_pieces(model: nn.Module, sizes: list[int]) -> None:
+    """Logits in pieces through the cache are those of one pass."""
     ids = token_ids(2, LENGTH)
     positions = torch.arange(LENGTH).expand(2, -1)
     expected = forward(model, ids, position_ids=positions).logits
-    cache, pieces, sizes = None, [], [LENGTH - 5, 1, 1, 3]
+    cache, pieces = None, []
     for piece, where in zip(ids.split(sizes, dim=1), positions.split(sizes, dim=1), strict=True):
         output = forward(model, piece, position_ids=where, past_key_values=cache, use_cache=True)
         cache = output.past_key_values
         pieces.append(output.logits)
     close(torch.cat(pieces, dim=1), expected)
+
+
+def check_cache(model: nn.Module) -> None:
+    """Token by token through the cache, logits are those of one pass, and so are greedy tokens."""
+    _in_pieces(model, [LENGTH - 3, 1, 1, 1])
+    ids = token_ids(2, LENGTH)
     same_tokens(model, generate(model, ids), generate(model, ids, use_cache=False))
+
+
+def check_warm_cache(model: nn.Module) -> None:
+    """The same where several tokens at once meet a cache that is not empty, as in a second turn."""
+    _in_pieces(model, [LENGTH - 7, 4, 3])
 
 
 @torch.no_grad()

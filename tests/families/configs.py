@@ -114,7 +114,12 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "axk2": _ALL_HEADS,
     "bailing_hybrid": _ALL_HEADS | {"mlp_layer_types": ["dense", "sparse"]},
     "bamba": {"attn_layer_indices": [1]},
-    "blt": {"encoder_hash_byte_group_vocab": 64},
+    "blt": {
+        "encoder_hash_byte_group_vocab": 64,
+        "encoder_config": {"hidden_size_global": 64},
+        "decoder_config": {"hidden_size_global": 64},
+        "global_config": {"encoder_cross_output_size": 128},
+    },
     "cohere_compass_text": {"rope_parameters": {"full_attention": _ROPE}},
     "codegen": {"rotary_dim": 8},
     "dbrx": {
@@ -145,7 +150,8 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "gemma4_assistant": {
         "text_config": {"model_type": "gemma4_text", "hidden_size_per_layer_input": 0}
         | {"vocab_size_per_layer_input": 0}
-        | _SHARED_KV,
+        | _SHARED_KV
+        | {"num_kv_shared_layers": 4},
         "backbone_hidden_size": 64,
     },
     "gemma4_unified": {

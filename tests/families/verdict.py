@@ -21,6 +21,7 @@ from tests.families.checks import (
     check_saved,
     check_static_cache,
     check_text_start,
+    check_warm_cache,
     forward,
     stream_model,
     token_ids,
@@ -31,6 +32,14 @@ SUPPORTED, REFUSED, BROKEN = "supported", "refused", "broken in transformers"
 FAILED = "failed"  # none of the three: a defect of ours
 PASSED = "passed"
 
+# Why a start from a text is not the backbone conditioned on that text.
+ABSOLUTE = "another function: there are no positions before 0"
+RECURRENT = "another function: recurrent layers do not see it"
+BIAS = "another function: attention has a bias that a prefix is not in"
+NO_START = "refused: only init=random"
+# Types with a bias in attention, by distance or by values, that a prefix has none of.
+BIASED = {"doge", "inkling2_text", "inkling_text"}
+
 # Run on the bare backbone as well: what it does wrong itself says nothing about its streams.
 SHARED: dict[str, Callable[[nn.Module], None]] = {
     "cache": check_cache,
@@ -38,9 +47,6 @@ SHARED: dict[str, Callable[[nn.Module], None]] = {
     "beams": check_beams,
     "static cache": check_static_cache,
 }
-# A backbone of whose keys and values a text start takes all that there is, but which adds more to
-# the attention between two texts: a bias that depends on the distance or on the values.
-BIASED = {"deepseek_v4", "doge", "inkling2_text", "inkling_text"}
 
 
 @dataclass(frozen=True)
@@ -67,35 +73,34 @@ def examine(model_type: str) -> Verdict:
 
     bare = {name: _outcome(check, build()) for name, check in SHARED.items()}
     absent: dict[str, str] = {}
-    if backbone._supports_sdpa:
-        bare["attention"] = _outcome(check_attention, _both(build, lambda model: model))
+    try:
+        build(attn_implementation="sdpa")
+    except ValueError:
+        absent["attention"] = "transformers has no sdpa for it"
     else:
-        absent["attention"] = "eager only"
+        bare["attention"] = _outcome(_check_attention, build, lambda model: model)
     wrong = {name: outcome for name, outcome in bare.items() if outcome != PASSED}
     if wrong:
         name = next(iter(wrong))
         return Verdict(BROKEN, f"{name}: {wrong[name]}", wrong)
 
     checks = {name: _outcome(check, stream_model(build())) for name, check in SHARED.items()}
+    warm = _outcome(check_warm_cache, build())
+    if warm == PASSED:
+        checks["warm cache"] = _outcome(check_warm_cache, stream_model(build()))
+    else:
+        absent["warm cache"] = f"only token by token, in the backbone as well ({warm})"
     if "attention" in bare:
-        checks["attention"] = _outcome(check_attention, _both(build, stream_model))
+        checks["attention"] = _outcome(_check_attention, build, stream_model)
     checks["P = 1"] = _outcome(check_disabled, stream_model(build()), backbone)
     checks["gradients"] = _outcome(check_gradients, stream_model(build()))
     checks["saved"] = _outcome(check_saved, stream_model(build()), build)
     checks["text start"] = _text_start(model_type, backbone, build)
-    failed = {name: outcome for name, outcome in checks.items() if outcome != PASSED}
-    allowed = {"text start": _ALLOWED_STARTS}
-    failed = {name: said for name, said in failed.items() if said not in allowed.get(name, ())}
+    fine = {PASSED, ABSOLUTE, RECURRENT, BIAS, NO_START}
+    failed = {name: outcome for name, outcome in checks.items() if outcome not in fine}
     if failed:
         return Verdict(FAILED, f"{len(failed)} checks", failed)
     return Verdict(SUPPORTED, "", absent | checks)
-
-
-ABSOLUTE = "another function: positions are absolute"
-RECURRENT = "another function: recurrent layers do not see it"
-BIAS = "another function: attention has a bias that a prefix is not in"
-NO_START = "refused: only init=random"
-_ALLOWED_STARTS = (ABSOLUTE, RECURRENT, BIAS, NO_START)
 
 
 def _text_start(
@@ -116,10 +121,10 @@ def _text_start(
     return BIAS if model_type in BIASED else outcome
 
 
-def _both(
+def _check_attention(
     build: Callable[..., PreTrainedModel], wrap: Callable[[PreTrainedModel], nn.Module]
-) -> list[nn.Module]:
-    return [wrap(build(attn_implementation=name)) for name in ("eager", "sdpa")]
+) -> None:
+    check_attention([wrap(build(attn_implementation=name)) for name in ("eager", "sdpa")])
 
 
 def _outcome(check: Callable[..., None], *arguments: object) -> str:
