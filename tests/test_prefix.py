@@ -25,7 +25,7 @@ class Attention(nn.Module):
 @pytest.fixture
 def module():
     module = Attention()
-    prefix = StreamPrefix()
+    prefix = StreamPrefix(module)
     prefix.add("default", [H, D, D], 4, N, torch.device("cpu"))
     with torch.no_grad():
         for parameter in prefix.parameters():
@@ -115,7 +115,7 @@ def test_prefix_takes_the_dtype_of_the_text(module, dtype):
 
 
 def test_keys_and_values_may_have_other_sizes():
-    prefix = StreamPrefix()
+    prefix = StreamPrefix(Attention())
     prefix.add("default", [H, 6, 10], P, N, torch.device("cpu"))
     keys, values = prefix.prepend(
         ActiveStreams("default", 2, (2,)), torch.zeros(4, H, S, 6), torch.zeros(4, H, S, 10)
