@@ -154,12 +154,45 @@ def import_(
         typer.Option(help="Write the checkpoint's own backbone here. [default: OUT/backbone]"),
     ] = None,
 ) -> None:
-    """Turn a checkpoint of QwenLM/ParScale into an adapter folder that recycle.load takes."""
+    """Turn a checkpoint of QwenLM/ParScale into an adapter folder that recycle.load takes.
+
+    A checkpoint of one stream has no adapter in it: it becomes a plain Qwen2 model.
+    """
     _quiet_libraries()
     from .parscale.upstream import import_checkpoint
 
     folder = import_checkpoint(checkpoint, out, backbone=backbone, backbone_out=backbone_out)
-    console.print(f'Adapter: {folder}. Load it with recycle.load("{folder}").')
+    one_stream = f"{checkpoint} has one stream (parscale_n = 1), so no prefix and no adapter"
+    if folder is None:
+        console.print(f"{one_stream}: it is the model {backbone}. Nothing was written.")
+    elif (folder / "adapter_config.json").is_file():
+        console.print(f'Adapter: {folder}. Load it with recycle.load("{folder}").')
+    else:
+        console.print(f"{one_stream}.")
+        console.print(f"Model: {folder}, a plain Qwen2. Recycle it with: recycle run {folder}")
+
+
+@app.command()
+def export(
+    source: Run,
+    out: Annotated[str, typer.Option(help="Folder for the checkpoint; must not exist.")],
+    p: Annotated[
+        int | None, typer.Option("--p", help="Streams; the most that there are by default.")
+    ] = None,
+    backbone: Annotated[
+        str | None,
+        typer.Option(help="Where the backbone lies now, if not where the run recorded it."),
+    ] = None,
+) -> None:
+    """Write a checkpoint that the code of QwenLM/ParScale loads: the inverse of import."""
+    _quiet_libraries()
+    from .parscale.upstream import export_checkpoint
+
+    folder = export_checkpoint(source, out, p=p, backbone=backbone)
+    console.print(
+        f"Checkpoint: {folder}. To load it with upstream's code, put its two files "
+        "configuration_qwen2_parscale.py and modeling_qwen2_parscale.py beside config.json."
+    )
 
 
 def main() -> None:

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from recycle import __version__, cli, results
 from recycle.parscale.folder import FAMILY_FILE
@@ -189,7 +191,56 @@ def test_import_and_generate(recycle: Recycle, tmp_path: Path) -> None:
     assert_refused(recycle(*arguments, "--p", 1), "offers P = 2, got p=1")
 
 
+def test_export_and_import(recycle: Recycle, home: Path, tmp_path: Path, tiny_folder: Path) -> None:
+    before = contents(home)
+    out, folder = tmp_path / "upstream", tmp_path / "again"
+    done = recycle("export", "runs/tiny", "--p", 2, "--out", out)
+    assert done.returncode == 0, done.stderr
+    assert f"Checkpoint: {out}." in done.stdout
+    assert "modeling_qwen2_parscale.py beside config.json" in " ".join(done.stdout.split())
+    done = recycle("import", out, "--out", folder, "--backbone", tiny_folder)
+    assert done.returncode == 0, done.stderr
+    weights = [path / "adapter_model.safetensors" for path in (folder, home / "runs/tiny/p2")]
+    ours, expected = map(load_file, weights)
+    assert ours.keys() == expected.keys()
+    assert all(torch.equal(ours[name], expected[name]) for name in expected)
+    arguments = ("--prompt", "def merge", "--max-new-tokens", 8, "--p", 2)
+    texts = [recycle("generate", run, *arguments).stdout for run in (folder, "runs/tiny")]
+    assert texts[0] == texts[1] != ""
+    assert contents(home) == before
+
+
+def test_import_of_one_stream(recycle: Recycle, tmp_path: Path, tiny_folder: Path) -> None:
+    source, out = tmp_path / "p1", tmp_path / "model"
+    shutil.copytree(tiny_folder, source)
+    config = json.loads((source / "config.json").read_text())
+    config |= {"model_type": "qwen2_parscale", "parscale_n": 1}
+    (source / "config.json").write_text(json.dumps(config))
+    done = recycle("import", source, "--out", tmp_path / "x", "--backbone", tiny_folder)
+    assert done.returncode == 0, done.stderr
+    printed = " ".join(done.stdout.split())
+    assert "has one stream (parscale_n = 1), so no prefix and no adapter" in printed
+    assert f"it is the model {tiny_folder}. Nothing was written." in printed
+    assert not (tmp_path / "x").exists()
+    done = recycle("import", source, "--out", out)
+    assert done.returncode == 0, done.stderr
+    assert f"recycle run {out}" in " ".join(done.stdout.split())
+    assert json.loads((out / "config.json").read_text())["model_type"] == "qwen2"
+
+
 # ---- what the user can mend
+
+
+def test_bad_exports(recycle: Recycle, tmp_path: Path) -> None:
+    out = ("--out", tmp_path / "new")
+    assert_refused(recycle("export", "runs/tiny", "--p", 1, *out), "P = 1 is the untouched")
+    assert_refused(recycle("export", "runs/tiny", "--p", 3, *out), "exports with P = 2, 4, got 3")
+    assert_refused(recycle("export", "runs/tiny/control", *out), "is a control")
+    assert_refused(recycle("export", "texts", *out), "holds neither")
+    assert_refused(recycle("export", "runs/tiny", "--out", "texts"), "texts exists already")
+    assert_refused(recycle("export", "runs/tiny", *out, "--backbone", "./no"), "no such folder")
+    assert_refused(recycle("export", "runs/tiny", "--out", "tiny.yaml/x"), "could not be written")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_bad_recipes(recycle: Recycle, tmp_path: Path) -> None:
@@ -276,7 +327,7 @@ def test_eval_refuses(recycle: Recycle, tmp_path: Path) -> None:
     assert_refused(recycle("eval", "nowhere"), "There is no folder nowhere.")
     assert_refused(recycle("eval", "runs/tiny", "training.tokens=5"), "training.tokens")
     other = recycle("eval", "runs/tiny", "output.dir=x", "logging.steps=3", "evaluation.speed=true")
-    assert_refused(other, "fields of evaluation and launch only, got output.dir, logging.steps.")
+    assert_refused(other, "backbone.quantization only, got output.dir, logging.steps.")
     assert_refused(
         recycle("eval", "runs/tiny", "--out", tmp_path / "no" / "new.json"), "there is no folder"
     )
@@ -393,7 +444,7 @@ def test_help_imports_no_room() -> None:
     )
     loaded = {name.partition(".")[0] for name in json.loads(done.stderr)}
     assert not loaded & {"torch", "transformers", "peft", "pydantic", "trl", "datasets", "ruamel"}
-    for command in ("run", "show", "eval", "generate", "import"):
+    for command in ("run", "show", "eval", "generate", "import", "export"):
         assert f"\n  {command} " in done.stdout
 
 

@@ -151,6 +151,49 @@ def test_smoothing_where_the_config_has_none(checkpoint, tmp_path):
     assert json.loads((folder / "adapter_config.json").read_text())["smoothing"] == 0.01
 
 
+# --- one stream ---------------------------------------------------------------------------------
+
+
+def one_stream(folder):
+    """The model of one stream that upstream publishes beside those of several: no prefix."""
+    new = ("prefix_", "aggregate_layer")
+
+    def change(state):
+        for name in [name for name in state if any(part in name for part in new)]:
+            del state[name]
+
+    change_weights(folder, change)
+    change_config(folder, parscale_n=1, parscale_n_tokens=None)
+
+
+def test_one_stream_becomes_a_plain_model(checkpoint, tmp_path):
+    one_stream(checkpoint)
+    plain = import_checkpoint(P2, tmp_path / "reference") / "backbone"
+    expected = AutoModelForCausalLM.from_pretrained(plain)
+    for number, options in enumerate(({}, {"backbone_out": tmp_path / "named"})):
+        out = options.get("backbone_out", tmp_path / f"out{number}")
+        assert import_checkpoint(checkpoint, tmp_path / f"out{number}", **options) == out
+        assert not (out / "adapter_config.json").exists()
+        config = json.loads((out / "config.json").read_text())
+        assert config["model_type"] == "qwen2"
+        assert not [key for key in config if "parscale" in key]
+        assert torch.equal(
+            logits(AutoModelForCausalLM.from_pretrained(out), IDS), logits(expected, IDS)
+        )
+    assert not (tmp_path / "out1").exists()
+
+
+def test_one_stream_of_a_known_backbone(checkpoint, tmp_path):
+    one_stream(checkpoint)
+    plain = import_checkpoint(P2, tmp_path / "reference") / "backbone"
+    before = sorted(tmp_path.iterdir())
+    assert import_checkpoint(checkpoint, tmp_path / "out", backbone=str(plain)) is None
+    change_weights(plain, other_values)
+    with pytest.raises(CheckpointError, match="is not the model inside"):
+        import_checkpoint(checkpoint, tmp_path / "out", backbone=str(plain))
+    assert sorted(tmp_path.iterdir()) == before
+
+
 # --- another backbone -------------------------------------------------------------------------
 
 
@@ -245,6 +288,23 @@ def remove_shard(folder):
     (folder / "model-00003-of-00003.safetensors").unlink()
 
 
+def lie_in_the_index(folder):
+    shard(folder)
+    path = folder / "model-00002-of-00003.safetensors"
+    state = load_file(path)
+    del state[min(state)]
+    save_file(state, path)
+
+
+def poison_a_shard(folder):
+    poison("model.norm.weight")(folder)
+    shard(folder)
+
+
+def remove_a_weight(folder):
+    change_weights(folder, lambda state: state.pop("model.layers.1.mlp.up_proj.weight"))
+
+
 def remove_prefix(folder):
     change_weights(folder, lambda state: state.pop("model.layers.1.self_attn.prefix_v"))
 
@@ -272,7 +332,26 @@ REFUSED = {
         truncate_shard,
         r"00002-of-00003.safetensors is torn: .* tensor model\.\S+, 4 ",
     ),
-    "missing shard": (remove_shard, "model-00003-of-00003.safetensors"),
+    "missing shard": (
+        remove_shard,
+        r"t/model-00003-of-00003.safetensors is missing; by .* tensor model\.\S+ and \d+ more",
+    ),
+    "false index": (
+        lie_in_the_index,
+        r"model-00002-of-00003.safetensors lacks tensor \S+, which by model.safetensors.index.json",
+    ),
+    "NaN in a shard": (
+        poison_a_shard,
+        r"model-0000\d-of-00003.safetensors: tensor model.norm.weight has values that are not",
+    ),
+    "torn header": (
+        lambda f: (f / "model.safetensors").write_bytes(b"\x10" + bytes(7) + b"{" * 16),
+        "model.safetensors is torn: its header cannot be read",
+    ),
+    "missing weight": (
+        remove_a_weight,
+        "lacks tensor model.layers.1.mlp.up_proj.weight: no file of it",
+    ),
     "NaN in a prefix": (
         poison("model.layers.1.self_attn.prefix_k"),
         "model.safetensors: tensor model.layers.1.self_attn.prefix_k has values that are not",

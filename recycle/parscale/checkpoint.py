@@ -1,26 +1,24 @@
-"""Checkpoints in upstream's format, read tensor by tensor: a model never lies in memory whole."""
+"""Checkpoints in upstream's format: found, checked for completeness, and opened."""
 
 import json
+import os
+import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from safetensors import SafetensorError
 
-from .source import SourceError, SourceFiles, read_config, source_files
+from .layout import first_of
+from .source import INDEX, SINGLE, SourceError, SourceFiles, read_config, source_files
+from .tensors import CheckpointError, Stored, stored_tensors
 
-REQUIRED = ("parscale_n", "parscale_n_tokens", "hidden_size", "num_hidden_layers")
+REQUIRED = ("parscale_n", "hidden_size", "num_hidden_layers")
 DOWNLOADED = ["*.json", "*.safetensors", "*.txt", "*.jinja"]
-
-
-class CheckpointError(ValueError):
-    """A checkpoint cannot be read as one of upstream's, or its backbone is another model."""
 
 
 @dataclass(frozen=True)
@@ -30,12 +28,12 @@ class Checkpoint:
     Args:
         folder: Where it lies.
         config: Content of its `config.json`.
-        files: Its safetensors files.
+        tensors: Where each of its tensors lies.
     """
 
     folder: Path
     config: dict[str, Any]
-    files: tuple[Path, ...]
+    tensors: dict[str, Stored]
 
     @staticmethod
     def open(source: str | Path, revision: str | None = None) -> "Checkpoint":
@@ -47,106 +45,125 @@ class Checkpoint:
         folder = _folder(source, revision)
         files = model_files(folder)
         config = read_config(files)
-        missing = [key for key in REQUIRED if key not in config]
+        required = REQUIRED if config.get("parscale_n") == 1 else (*REQUIRED, "parscale_n_tokens")
+        missing = [key for key in required if key not in config]
         if missing:
             raise CheckpointError(
                 f"{source} is no checkpoint in upstream's format: its config.json (model type "
                 f"{config.get('model_type')!r}) lacks {', '.join(missing)}."
             )
-        wrong = {key: config[key] for key in REQUIRED if not isinstance(config[key], int)}
+        wrong = {key: config[key] for key in required if type(config[key]) is not int}
         if wrong:
             raise CheckpointError(f"{files.config} must hold whole numbers, got {wrong}.")
-        if config["parscale_n"] < 2:
+        if config["parscale_n"] < 1:
             raise CheckpointError(
-                f"{source} has parscale_n = {config['parscale_n']}: one stream without a prefix is "
-                "an ordinary model, and there is nothing to import."
+                f"{files.config} has parscale_n = {config['parscale_n']}; it is at least 1."
             )
-        return Checkpoint(folder, config, files.weights)
+        return Checkpoint(folder, config, model_tensors(files))
 
     @property
     def smoothing(self) -> float:
         """ε; 0.01 where the config leaves it out, as in upstream's code."""
         return self.config.get("parscale_attn_smooth", 0.01)
 
-    def tensors(self) -> Iterator[tuple[Path, str, Tensor]]:
-        """Every tensor with its file, one at a time.
-
-        Raises:
-            CheckpointError: A file is torn, or a tensor has values that are not finite.
-        """
-        for file in self.files:
-            with _opened(file) as tensors:
-                for name in tensors.keys():  # noqa: SIM118
-                    tensor = tensors.get_tensor(name)
-                    if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-                        raise CheckpointError(
-                            f"{file}: tensor {name} has values that are not finite."
-                        )
-                    yield file, name, tensor
+    def files(self) -> dict[Path, list[Stored]]:
+        """The tensors of each file."""
+        by_file: dict[Path, list[Stored]] = {}
+        for tensor in self.tensors.values():
+            by_file.setdefault(tensor.file, []).append(tensor)
+        return by_file
 
 
-def model_files(model: str | Path) -> SourceFiles:
+def model_files(model: str | Path, revision: str | None = None) -> SourceFiles:
     """Where the files of a model's folder or Hub id lie.
 
     Raises:
         CheckpointError: It is no model, or its files are incomplete.
     """
+    folder = Path(model).expanduser()
+    if (folder / INDEX).is_file() and not (folder / SINGLE).is_file():
+        _check_index(folder)
     try:
-        files = source_files(model)
+        files = source_files(model, revision)
         read_config(files)
     except SourceError as error:
         raise CheckpointError(str(error)) from None
     return files
 
 
-def tensor_files(files: SourceFiles) -> dict[str, Path]:
-    """The file of each tensor of a model."""
-    where: dict[str, Path] = {}
-    for file in files.weights:
-        with _opened(file) as tensors:
-            where |= dict.fromkeys(tensors.keys(), file)
-    return where
+def model_tensors(files: SourceFiles) -> dict[str, Stored]:
+    """Where each tensor of a model lies.
+
+    Raises:
+        CheckpointError: A file is torn.
+    """
+    return {name: tensor for file in files.weights for name, tensor in stored_tensors(file).items()}
 
 
-def read_tensor(file: Path, name: str) -> Tensor:
-    """One tensor of a safetensors file."""
-    with _opened(file) as tensors:
-        return tensors.get_tensor(name)
+def _check_index(folder: Path) -> None:
+    """Refuse an index whose shards are missing, or lack tensors that it says they hold."""
+    shards: dict[str, list[str]] = {}
+    try:
+        for name, file in json.loads((folder / INDEX).read_bytes())["weight_map"].items():
+            shards.setdefault(file, []).append(name)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{folder / INDEX} is no index of shards ({error}). Fetch it again."
+        ) from None
+    for file, names in sorted(shards.items()):
+        if not (folder / file).is_file():
+            raise CheckpointError(
+                f"{folder / file} is missing; by {INDEX} it holds tensor {first_of(names)}. Fetch "
+                "that file."
+            )
+        held = stored_tensors(folder / file)
+        lacking = [name for name in names if name not in held]
+        if lacking:
+            raise CheckpointError(
+                f"{folder / file} lacks tensor {first_of(lacking)}, which by {INDEX} it holds. "
+                "Fetch both files again."
+            )
 
 
 @contextmanager
-def _opened(file: Path) -> Iterator[Any]:
+def new_folder(final: Path) -> Iterator[Path]:
+    """A folder to write into. It takes the name `final` when all is written, or vanishes.
+
+    Raises:
+        CheckpointError: `final` exists, or cannot be written.
+    """
+    missing = [parent for parent in final.absolute().parents if not parent.exists()]
+    check_new(final)
     try:
-        with safe_open(file, "pt") as tensors:
-            yield tensors
-    except SafetensorError as error:
-        reason = _first_cut(file) or str(error)
-        raise CheckpointError(f"{file} is torn: {reason}. Fetch it again.") from None
+        final.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=final.parent, prefix=".new-") as scratch:
+            folder = Path(scratch) / final.name
+            folder.mkdir()
+            yield folder
+            check_new(final)
+            folder.rename(final)
+    except BaseException as error:
+        for parent in missing:
+            with suppress(OSError):
+                parent.rmdir()
+        if not isinstance(error, (OSError, SafetensorError)):
+            raise
+        raise CheckpointError(
+            f"{final} could not be written: {str(error).splitlines()[0]}. Make room there or name "
+            "another folder, then give the same command again."
+        ) from None
 
 
-def _first_cut(file: Path) -> str:
-    """Which tensor a truncated file ends in; empty where the header itself is torn."""
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        try:
-            header = json.loads(stream.read(length))
-        except ValueError:
-            return ""
-    missing = {
-        name: 8 + length + entry["data_offsets"][1] - file.stat().st_size
-        for name, entry in header.items()
-        if name != "__metadata__"
-    }
-    cut = [name for name, count in missing.items() if count > 0]
-    if not cut:
-        return ""
-    first = min(cut, key=lambda name: missing[name])
-    return f"it ends within tensor {first}, {max(missing.values())} bytes are missing"
+def check_new(final: Path) -> None:
+    """Raise a CheckpointError where something has that name already."""
+    if os.path.lexists(final):
+        raise CheckpointError(f"{final} exists already and is not overwritten. Name a new folder.")
 
 
 def _folder(source: str | Path, revision: str | None) -> Path:
-    if Path(source).is_dir():
-        return Path(source)
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return folder
     try:
         return Path(snapshot_download(str(source), revision=revision, allow_patterns=DOWNLOADED))
     except (HFValidationError, LocalEntryNotFoundError, HfHubHTTPError) as error:
