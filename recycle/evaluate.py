@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from transformers import DynamicCache
 
 from .data import Document
+from .parscale.initialise import find_decoder
 from .parscale.prefix import ActiveStreams
 from .parscale.streams import STREAMS_CHILD, DecoderStreams, choose_streams
 from .results import Speed
@@ -36,7 +37,7 @@ class Contender:
 
 def streams_of(model: nn.Module) -> DecoderStreams:
     """The streams around the decoder of a model with ParScale adapters."""
-    layer = model.get_decoder().get_submodule(STREAMS_CHILD)  # type: ignore[operator]
+    layer = find_decoder(model).get_submodule(STREAMS_CHILD)
     assert isinstance(layer, DecoderStreams)
     return layer
 
@@ -49,6 +50,16 @@ def contenders(layer: DecoderStreams) -> list[Contender]:
         title = name if p == 1 else f"P = {p}"
         found.append(Contender(title, ActiveStreams(name, p, (p,))))
     return found
+
+
+def range_advice(model: nn.Module) -> str:
+    """What to do about a loss that is not finite where the backbone's number format may be why."""
+    if model.dtype != torch.float16:
+        return ""
+    return (
+        "float16 ends at 65,504, which the hidden states of some models exceed: set "
+        "backbone.dtype=bfloat16 or backbone.dtype=float32. "
+    )
 
 
 def passes(models: Sequence[Contender]) -> list[list[Contender]]:
@@ -154,7 +165,7 @@ def speeds(
 
 
 def _time(model: nn.Module, prompt: Tensor, new_tokens: int) -> tuple[float, float]:
-    cache = DynamicCache(config=model.get_decoder().config)  # type: ignore
+    cache = DynamicCache(config=find_decoder(model).config)
     started = _clock(prompt.device)
     logits = model(input_ids=prompt, past_key_values=cache, logits_to_keep=1).logits
     prefilled = _clock(prompt.device)
@@ -178,7 +189,7 @@ def kv_bytes_per_token(
     tokens = torch.tensor([[0, 1]], device=next(model.parameters()).device)
     held = {}
     for contender in models:
-        cache = DynamicCache(config=model.get_decoder().config)  # type: ignore
+        cache = DynamicCache(config=find_decoder(model).config)
         with _eval_mode(model), choose_streams(layer, contender.streams):
             model(input_ids=tokens, past_key_values=cache)
         layers = [x for x in cache.layers if getattr(x, "keys", None) is not None]

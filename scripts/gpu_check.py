@@ -130,10 +130,12 @@ def main() -> None:
     table.add("cached equals uncached", lambda: cached(device))
     table.add("gradients with checkpointing", lambda: checkpointed_gradients(device))
     table.add("compiled equals eager", lambda: compiled_decoding(device), optional=True)
-    if importlib.util.find_spec("bitsandbytes"):
-        table.add("nf4 backbone learns", lambda: nf4(options.model, device))
-    else:
-        table.rows.append(Row("nf4 backbone learns", "skipped", "bitsandbytes is not installed"))
+    for bits in QUANTISED:
+        name = f"{bits} backbone learns"
+        if importlib.util.find_spec("bitsandbytes"):
+            table.add(name, partial(quantised, bits, options.model, device))
+        else:
+            table.rows.append(Row(name, "skipped", "bitsandbytes is not installed"))
     measure(table, backbone, options.quick, started)
 
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
@@ -394,11 +396,20 @@ def expect_prefix_gradients(model: nn.Module, gradients: dict[str, Tensor], p: i
     return len(names)
 
 
-def nf4(source: str | None, device: torch.device) -> str:
-    """A training step after a pass in eval mode, which on some CPUs repacks the weights."""
-    quantization = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
-    )
+QUANTISED: dict[str, dict[str, Any]] = {
+    "nf4": {
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": True,
+        "bnb_4bit_compute_dtype": torch.bfloat16,
+    },
+    "int8": {"load_in_8bit": True},
+}
+
+
+def quantised(bits: str, source: str | None, device: torch.device) -> str:
+    """A training step after a pass in eval mode, which on some CPUs repacks nf4 weights."""
+    quantization = BitsAndBytesConfig(**QUANTISED[bits])
     with tempfile.TemporaryDirectory() as scratch:
         if source is None:
             random_model(torch.bfloat16, hidden=256).save_pretrained(scratch)

@@ -4,14 +4,17 @@
     python scripts/update_readme.py --check    # change nothing, fail if README.md is stale
 
 New measurements are kept first: --demo runs/demo/results.json, --bench bench.json,
---rates rates.json, --starts TEXT.json RANDOM.json.
+--rates rates.json, --starts TEXT.json RANDOM.json, --in-4bit DEMO-4BIT.json ON-BFLOAT16.json
+DEMO-ON-4BIT.json (results of demo-4bit; of `recycle eval` of it on bfloat16; of demo on nf4).
 """
 
 import argparse
 import json
 import re
 import shutil
+import statistics
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -26,6 +29,11 @@ BENCH = MEASURED / "bench-overhead-cpu.json"
 RATES = MEASURED / "learning-rates-cpu.json"
 TEXT = MEASURED / "start-text-cpu.json"
 RANDOM = MEASURED / "start-random-cpu.json"
+IN_4BIT = MEASURED / "demo-4bit-cpu.json"
+OFF_4BIT = MEASURED / "demo-4bit-on-bfloat16-cpu.json"
+ON_4BIT = MEASURED / "demo-on-4bit-cpu.json"
+
+Losses = Mapping[str, tuple[float, ...]]  # by model, of each document
 
 
 def markdown(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
@@ -124,6 +132,64 @@ def starts_section() -> str:
     )
 
 
+def in_4bit_section() -> str:
+    """The demo's adapters trained and measured on nf4 and on bfloat16, in all four ways."""
+    run, off, on = (results.read(path) for path in (IN_4BIT, OFF_4BIT, ON_4BIT))
+    if not run.documents == off.documents == on.documents:
+        sys.exit(f"{IN_4BIT}, {OFF_4BIT} and {ON_4BIT} are not of the same test documents.")
+    if off.first is None or on.first is None or off.first.date != run.date:
+        sys.exit(f"{OFF_4BIT} and {ON_4BIT} must be of `recycle eval`, the former of {IN_4BIT}.")
+    nf4_throughout = {model.name: model.losses for model in run.models}
+    nf4_then_bfloat16 = {model.name: model.losses for model in off.models}
+    bfloat16_throughout = on.first.losses
+    bfloat16_then_nf4 = {model.name: model.losses for model in on.models}
+
+    def losses(of: Losses) -> list[str]:
+        return [f"{statistics.fmean(of[name]):.4f}" for name in nf4_throughout]
+
+    def minus(a: Losses, b: Losses) -> list[str]:
+        same = [
+            a[name] == b[name] for name in nf4_throughout
+        ]  # the backbone, in the same precision
+        found = [results.paired_difference(a[name], b[name]) for name in nf4_throughout]
+        return ["" if x else results.format_difference(y) for x, y in zip(same, found, strict=True)]
+
+    rows = [
+        ("trained on nf4, measured on nf4", *losses(nf4_throughout)),
+        ("trained on nf4, measured on bfloat16", *losses(nf4_then_bfloat16)),
+        ("trained on bfloat16, measured on bfloat16", *losses(bfloat16_throughout)),
+        ("trained on bfloat16, measured on nf4", *losses(bfloat16_then_nf4)),
+        ("trained on nf4: on bfloat16 − on nf4 ± se", *minus(nf4_then_bfloat16, nf4_throughout)),
+        (
+            "trained on bfloat16: on nf4 − on bfloat16 ± se",
+            *minus(bfloat16_then_nf4, bfloat16_throughout),
+        ),
+        (
+            "measured on nf4: trained on nf4 − on bfloat16 ± se",
+            *minus(nf4_throughout, bfloat16_then_nf4),
+        ),
+        (
+            "measured on bfloat16: trained on nf4 − on bfloat16 ± se",
+            *minus(nf4_then_bfloat16, bfloat16_throughout),
+        ),
+    ]
+    return "\n".join(
+        [
+            "The demo with its backbone in nf4 (4 bits) and in bfloat16, in training and in "
+            "measuring; held-out loss in nats per token:",
+            "",
+            *markdown(("", *nf4_throughout), rows),
+            "",
+            f"`{run.command}`, `recycle run demo`, `{off.command}` and `{on.command}`, "
+            f"{run.training[0].tokens:,} tokens, {len(run.documents)} held-out documents, "
+            f"{run.hardware.cores} cores ({run.hardware.cpu}), {on.date:%Y-%m-%d}. On nf4, trained "
+            "and measured:",
+            "",
+            *(f"- {x}" for x in findings(run)),
+        ]
+    )
+
+
 def updated(text: str) -> str:
     """README.md with its measured sections made anew."""
     sections = (
@@ -132,11 +198,14 @@ def updated(text: str) -> str:
         ("bench", bench_section()),
         ("starts", starts_section()),
         ("rates", rates_section()),
+        ("demo-4bit", in_4bit_section()),
     )
     for name, section in sections:
         opening = f"<!-- {name}: made by scripts/update_readme.py -->"
         closing = f"<!-- /{name} -->"
         pattern = re.escape(opening) + ".*?" + re.escape(closing)
+        if not re.search(pattern, text, re.DOTALL):
+            sys.exit(f"README.md lacks the lines between which this goes:\n{opening}\n{closing}")
         text = re.sub(
             pattern, lambda _, s=section, o=opening, c=closing: f"{o}\n{s}\n{c}", text, flags=re.S
         )
@@ -156,15 +225,22 @@ def main() -> None:
     parser.add_argument(
         "--starts", type=Path, nargs=2, help="results.json of text and random starts"
     )
+    parser.add_argument(
+        "--in-4bit", type=Path, nargs=3, help="results.json of demo-4bit and of two evaluations"
+    )
     parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if stale")
     arguments = parser.parse_args()
     new_starts = arguments.starts or (None, None)
+    new_in_4bit = arguments.in_4bit or (None, None, None)
     for new, kept in (
         (arguments.demo, DEMO),
         (arguments.bench, BENCH),
         (arguments.rates, RATES),
         (new_starts[0], TEXT),
         (new_starts[1], RANDOM),
+        (new_in_4bit[0], IN_4BIT),
+        (new_in_4bit[1], OFF_4BIT),
+        (new_in_4bit[2], ON_4BIT),
     ):
         if new is not None:
             MEASURED.mkdir(exist_ok=True)

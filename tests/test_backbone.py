@@ -85,6 +85,15 @@ def test_dtype_and_attention(tiny_folder: Path, dtype: str, attention: str) -> N
     assert source.fingerprint == fingerprint(tiny_folder)
 
 
+def test_attention_is_what_the_model_has(tiny_folder: Path, tmp_path: Path) -> None:
+    bloom = save_tiny(tmp_path / "bloom", "bloom", n_head=4)  # has no sdpa
+    for folder, attention in ((tiny_folder, "sdpa"), (bloom, "eager")):
+        model, _, _ = backbones.load(Config(str(folder), attn_implementation="auto"))
+        assert model.config._attn_implementation == attention
+    with pytest.raises(BackboneError, match="BloomForCausalLM does not support"):
+        backbones.load(Config(str(bloom), attn_implementation="sdpa"))
+
+
 def test_a_relative_folder_gets_its_absolute_path(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

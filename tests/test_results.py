@@ -16,10 +16,12 @@ from rich.console import Console
 from recycle import results as rooms
 from recycle.results import (
     COLUMNS,
+    FIRST_COLUMNS,
     BackboneRecord,
     CurvePoint,
     DataRecord,
     Difference,
+    FirstMeasurement,
     Hardware,
     LossPoint,
     Measurement,
@@ -30,10 +32,13 @@ from recycle.results import (
     Training,
     WallSeconds,
     compare,
+    first_table,
     hardware,
     packages,
     paired_difference,
+    precisions,
     read,
+    rich_first_table,
     rich_table,
     table,
     write,
@@ -346,6 +351,79 @@ def test_rich_table_shows_names_as_they_are() -> None:
     assert "[red]x[/]" in shown
     assert "[red]demo" in shown
     assert "−1.0000±0.0000" in shown
+
+
+# Measured again in another precision.
+
+
+FIRST = FirstMeasurement(
+    date=datetime(2026, 1, 1, tzinfo=UTC),
+    dtype="bfloat16",
+    quantization="nf4",
+    losses={
+        "backbone": (2.1, 3.1, 4.1),
+        "control": (1.9, 2.8, 3.7),
+        "P = 2": (1.9, 2.8, 3.4),
+        "P = 4": (1.7, 2.5, 3.3),
+    },
+)
+
+
+def test_the_difference_to_the_run_itself_by_hand() -> None:
+    results = make_results(first=FIRST)
+    differences = results.minus_first()
+    assert list(differences) == list(LOSSES)
+    assert differences["backbone"].mean == pytest.approx(-0.1)
+    assert differences["backbone"].standard_error == pytest.approx(0, abs=1e-9)
+    assert differences["control"] == Difference(mean=0, standard_error=0)
+    assert differences["P = 4"].mean == pytest.approx(-0.2 / 3)
+    assert differences["P = 4"].standard_error == pytest.approx(0.2 / 3)
+    assert FIRST_COLUMNS[1:4] == ("loss in the run", "loss now", "now − run ± se")
+    assert first_table(results)[0] == ("backbone", "3.1000", "3.0000", "−0.1000 ± 0.0000", "", "")
+    assert first_table(results)[3] == (
+        *("P = 4", "2.5000", "2.4333", "−0.0667 ± 0.0667"),
+        *("−0.6000 ± 0.1155", "−0.5667 ± 0.0667"),
+    )
+    assert make_results().minus_first() == {}
+    assert first_table(make_results()) == []
+
+
+def test_the_precisions_are_said() -> None:
+    assert precisions(make_results()) == "Trained on bfloat16, measured on bfloat16"
+    results = make_results(first=FIRST)
+    assert precisions(results) == "Trained on nf4 computing in bfloat16, measured on bfloat16"
+    console = Console(width=80)
+    with console.capture() as capture:
+        console.print(rich_first_table(results))
+    shown = capture.get()
+    assert "Trained on nf4 computing in bfloat16," in shown
+    assert "measured on bfloat16" in shown
+    row = "P = 4    2.5000 2.4333 −0.0667±0.0667  −0.6000±0.1155  −0.5667±0.0667"
+    assert row in [line.strip() for line in shown.splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("losses", "message"),
+    [
+        ({"backbone": (2.0, 3.0, 4.0)}, "the run measured"),
+        (dict.fromkeys(LOSSES, (2.0, 3.0)), "losses of the same documents"),
+    ],
+)
+def test_another_runs_losses_are_refused(
+    losses: dict[str, tuple[float, ...]], message: str
+) -> None:
+    with pytest.raises(ValidationError, match=message):
+        make_results(first=FIRST.model_copy(update={"losses": losses}))
+
+
+def test_a_measurement_of_another_day_round_trips(tmp_path: Path) -> None:
+    results = make_results(first=FIRST)
+    write(results, tmp_path / "results.json")
+    assert read(tmp_path / "results.json") == results
+    content = json.loads((tmp_path / "results.json").read_text())
+    del content["first"]  # as an earlier version wrote a run's own
+    (tmp_path / "results.json").write_text(json.dumps(content))
+    assert read(tmp_path / "results.json") == make_results()
 
 
 def test_collectors() -> None:

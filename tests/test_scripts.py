@@ -45,6 +45,7 @@ def test_gpu_check(tmp_path):
         assert line.startswith(name)
         assert rows[name]["outcome"] == "ok", line
     assert sum(name.startswith("golden") for name in rows) == 4
+    assert {"nf4 backbone learns", "int8 backbone learns"} <= set(rows)
     for model in ("backbone", "P = 2", "P = 4", "P = 8"):
         assert set(rows[f"speed of {model}"]["values"]) == {"prefill_ms", "decode_ms"}
         assert rows[f"speed of {model}, compiled"]["values"]["decode_ms"] > 0
@@ -75,14 +76,14 @@ def gpu_check():
 CHECKS = ["golden", "backbone_untouched", "switching", "cached", "checkpointed_gradients"]
 
 
-@pytest.mark.parametrize("wrong", [None, *CHECKS, "compiled_decoding", "nf4"])
+@pytest.mark.parametrize("wrong", [None, *CHECKS, "compiled_decoding", "quantised"])
 def test_gpu_check_fails_with_any_wrong_result(gpu_check, wrong, monkeypatch, capsys):
     def stand_in(name):
         if name == wrong:
             raise gpu_check.CheckError("it is wrong")
         return "fine"
 
-    for name in (*CHECKS, "compiled_decoding", "nf4"):
+    for name in (*CHECKS, "compiled_decoding", "quantised"):
         monkeypatch.setattr(gpu_check, name, lambda *_, name=name: stand_in(name))
     monkeypatch.setattr(gpu_check, "measure", lambda *_: None)
     monkeypatch.setattr("sys.argv", ["gpu_check.py", "--device", "cpu", "--quick"])
@@ -158,3 +159,24 @@ def test_search_learning_rate(tmp_path, tiny_folder):
             assert losses["0.01"][name] == pytest.approx(last[name], abs=1e-6)
             assert losses["0.0001"][name] > losses["0.01"][name]
             assert f"{losses['0.0001'][name]:.4f}" in done.stdout
+
+
+def test_the_table_of_precisions_is_of_what_was_measured():
+    spec = importlib.util.spec_from_file_location("readme", ROOT / "scripts/update_readme.py")
+    readme = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(readme)
+    with pytest.raises(SystemExit, match=r"README\.md lacks the lines .*\n<!-- demo: made by"):
+        readme.updated("")
+    header, _, *lines = [x for x in readme.in_4bit_section().splitlines() if x.startswith("|")]
+    assert header == "|  | backbone | control | P = 2 | P = 4 |"
+    rows = {cells[1]: cells[2:-1] for cells in ([x.strip() for x in y.split("|")] for y in lines)}
+    trained_on_nf4, on_bfloat16 = (
+        [float(x) for x in rows[f"trained on nf4, measured on {bits}"]]
+        for bits in ("nf4", "bfloat16")
+    )
+    moved = rows["trained on nf4: on bfloat16 − on nf4 ± se"]
+    for before, after, difference in zip(trained_on_nf4, on_bfloat16, moved, strict=True):
+        mean = float(difference.split()[0].replace("−", "-"))
+        assert after - before == pytest.approx(mean, abs=2e-4)  # of rounded numbers
+    assert rows["trained on bfloat16, measured on nf4"][0] == f"{trained_on_nf4[0]:.4f}"
+    assert rows["measured on nf4: trained on nf4 − on bfloat16 ± se"][0] == ""

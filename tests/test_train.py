@@ -33,6 +33,7 @@ from recycle.train import (
     train,
 )
 from tests.runs import STEP_TOKENS, write_recipe
+from tests.tiny import save_tiny
 
 estimate_room = importlib.import_module("recycle.train.estimate")  # the name is its function's too
 
@@ -154,30 +155,6 @@ def test_the_estimate(workshop: Any, tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 # ---- what learns
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("quantization", ["int8", "nf4"])
-def test_on_a_quantised_backbone(workshop: Any, tmp_path: Path, quantization: str) -> None:
-    """In float32, and from finite gradients after passes in eval mode (they validate first)."""
-    tiny = workshop(
-        **{
-            "backbone.quantization": quantization,
-            "training.prefix_learning_rate": 3e-2,
-            "training.tokens": 24 * STEP_TOKENS,
-        }
-    )
-    (family, _) = jobs(tiny.recipe)
-    tiny.add(family)
-    start = {name: p.detach().clone() for name, p in tiny.adapter("nested").items()}
-    training = tiny.train(family, tmp_path)
-    for name, parameter in tiny.adapter("nested").items():
-        assert parameter.dtype == torch.float32
-        assert not torch.equal(parameter, start[name]), name
-        assert not torch.equal(parameter, parameter.bfloat16().float()), name
-    for p in ("P = 2", "P = 4"):
-        first, *_, last = (point.validation_loss[p] for point in training.curve)
-        assert last < first - 0.05
 
 
 def test_prefixes_and_aggregators_learn_and_no_bit_of_the_backbone(
@@ -571,3 +548,34 @@ def test_without_any_whole_checkpoint_training_starts_again(
         "trained.safetensors",
         "training.json",
     ]
+
+
+# --- output heads -----------------------------------------------------------------------------
+
+LLAMA_4 = {"head_dim": 16, "num_local_experts": 2, "no_rope_layers": [1, 0]}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "sizes", "fused"),
+    [("llama", {}, True), ("modernbert-decoder", {}, False), ("llama4_text", LLAMA_4, False)],
+)
+def test_the_loss_is_that_of_the_models_own_head(tmp_path, model_type, sizes, fused):
+    """Between its decoder and its output matrix, ModernBERT has a layer that TRL leaves out."""
+    backbone = save_tiny(tmp_path / "model", model_type, **sizes)
+    workshop = Workshop(resolve(str(write_recipe(tmp_path, backbone)), []).recipe)
+    job = jobs(workshop.recipe)[0]
+    workshop.add(job)
+    trainer = workshop.trainer(job, tmp_path / "training")
+    assert trainer.fused is fused
+    ids = torch.tensor([workshop.splits.train[0]["input_ids"]])
+    workshop.model.eval()
+    trainer.compute_loss(workshop.model, {"input_ids": ids, "labels": ids})
+    streams = ActiveStreams(job.adapter, job.heads[-1], job.heads)
+    with choose_streams(trainer.layer, streams):
+        logits = workshop.model(input_ids=ids, use_cache=False).logits
+    expected = [
+        F.cross_entropy(each[:-1], ids[0, 1:])
+        for each in logits.view(len(job.heads), *logits.shape[1:])
+    ]
+    torch.testing.assert_close(trainer.head_losses[0], torch.stack(expected), atol=1e-4, rtol=0)
+    trainer.release()

@@ -155,6 +155,7 @@ def _load_model(
     backbone: BackboneConfig, id: str, device: torch.device, **origin: Any
 ) -> PreTrainedModel:
     placement: dict[str, Any] = {}
+    attention = backbone.attn_implementation
     if backbone.quantization is not None:
         placement["quantization_config"] = _quantization_config(backbone)
     if backbone.quantization is not None or device.type != "cpu":
@@ -163,7 +164,7 @@ def _load_model(
         model, info = AutoModelForCausalLM.from_pretrained(
             id,
             dtype=getattr(torch, backbone.dtype),
-            attn_implementation=backbone.attn_implementation,
+            attn_implementation=None if attention == "auto" else attention,
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,

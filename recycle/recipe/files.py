@@ -14,7 +14,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
-from recycle.recipe.schema import MAPPINGS, SECTIONS
+from recycle.recipe.schema import FIELDS, MAPPINGS, SECTIONS
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 # In an installed package recipes lie inside it, in a checkout beside it.
@@ -49,6 +49,14 @@ class Setting:
 def shipped(folder: str = "") -> list[str]:
     """Names of the shipped recipes, or of the fragments in one folder (`models`, `data`, ...)."""
     return sorted(path.stem for path in (SHIPPED / folder).glob("*.yaml"))
+
+
+def is_whole(folder: str, name: str, section: str) -> bool:
+    """Whether a shipped fragment fills its section; one that does not is laid over another."""
+    settings, _ = parse(SHIPPED / folder / f"{name}.yaml")
+    fields = {key: info for key, info in FIELDS.items() if key.startswith(f"{section}.")}
+    required = {key for key, info in fields.items() if info.is_required()}
+    return required <= {setting.key for setting in settings or ()}
 
 
 def display(path: Path) -> str:

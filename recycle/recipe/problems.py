@@ -60,11 +60,12 @@ def section_hint(section: str) -> str:
 
 
 def fragment_hint(section: str) -> str:
-    """The fragments that fill a section, where there are any."""
+    """The fragments that fill a section on their own, where there are any."""
     if section not in FRAGMENTS:
         return ""
     folder = FRAGMENTS[section]
-    names = ", ".join(f"{folder}/{name}" for name in files.shipped(folder))
+    whole = [name for name in files.shipped(folder) if files.is_whole(folder, name, section)]
+    names = ", ".join(f"{folder}/{name}" for name in whole)
     return f"; or include one of {names} (on the command line {section}=NAME)"
 
 

@@ -58,7 +58,8 @@ def resolve(target: str, overrides: Sequence[str] = ()) -> Resolved:
             recipe, else a bare model (local folder with a config.json, `package://` file or Hub
             id), which gets the shipped recipe `default` with itself as the backbone.
         overrides: `data=NAME`, `backbone=NAME` and `training=NAME` replace that section by a
-            fragment and come first; `key.sub=value` sets a field of the schema.
+            fragment, or lay one over it that does not fill it (`backbone=4bit`), and come first;
+            `key.sub=value` sets a field of the schema.
 
     Raises:
         RecipeError: with everything that is wrong, each with its place.
@@ -164,7 +165,8 @@ class _Draft:
             message = f"there is no fragment {folder}/{name}"
             self._problem(COMMAND_LINE, section, name, message, choices_hint(name, names) + also)
             return
-        self.drop(section)
+        if files.is_whole(folder, name, section):
+            self.drop(section)
         self.seen = set()  # what was merged before may be merged again, now that it comes later
         self.include(files.SHIPPED / folder / f"{name}.yaml")
 

@@ -15,6 +15,7 @@ from recycle.recipe.values import (
     Flag,
     Name,
     Packages,
+    Quantization,
     Rate,
     Real,
     Seed,
@@ -37,13 +38,13 @@ class Backbone(Section):
     """Hub id, model folder, or `package://PACKAGE/FILE.gguf` for a file inside a Python package."""
     revision: Text | None = None
     """Branch, tag or commit on the Hub; None is its newest."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Number format of the frozen weights; auto is bfloat16 where the hardware computes in it, else
-    float32. What is trained is float32."""
-    attn_implementation: Literal["sdpa", "eager"] = "sdpa"
-    """Attention code of transformers."""
-    quantization: Literal["int8", "nf4"] | None = None
-    """bitsandbytes format of the frozen weights."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Number format of the frozen weights, and the one that quantised weights compute in; auto is
+    bfloat16 where the hardware computes in it, else float32. What is trained is float32."""
+    attn_implementation: Literal["auto", "sdpa", "eager"] = "auto"
+    """Attention code of transformers; auto is sdpa where it has that for the model, else eager."""
+    quantization: Quantization = None
+    """bitsandbytes format of the frozen weights; nf4 is doubly quantised. none is null."""
 
 
 class Method(Section):

@@ -7,7 +7,7 @@ booleans, and `yes` is none. Python values of the right type are taken as well.
 import math
 import re
 from decimal import Decimal
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic_core import PydanticCustomError
@@ -53,6 +53,10 @@ def _flag(value: object) -> object:
     return value
 
 
+def _none(value: object) -> object:
+    return None if value == "none" else value
+
+
 def _listed(value: object) -> object:
     """`2,4,8` or `[2, 4, 8]` as a list; a single value is a list of one."""
     if not isinstance(value, str):
@@ -92,6 +96,7 @@ Seed = Annotated[Whole, Field(ge=0, lt=2**32)]
 Rate = Annotated[Real, Field(gt=0)]
 AtLeastTwo = Annotated[Whole, Field(ge=2)]
 Packages = Annotated[tuple[Text, ...], BeforeValidator(_listed), Field(min_length=1)]
+Quantization = Annotated[Literal["int8", "nf4"] | None, BeforeValidator(_none)]
 Name = Annotated[
     str,
     _matching(

@@ -4,7 +4,7 @@ import re
 
 from huggingface_hub import ModelCardData
 
-from recycle.results import CONTROL, Results, Training
+from recycle.results import CONTROL, BackboneRecord, FirstMeasurement, Results, Training
 
 from .markdown import code, document, escape, facts, fence
 from .result import result
@@ -22,6 +22,19 @@ import recycle.parscale  # registers the method with PEFT
 from peft import AutoPeftModelForCausalLM
 
 model = AutoPeftModelForCausalLM.from_pretrained("FOLDER/p{largest}")"""
+QUANTISED = """\
+import torch
+from transformers import BitsAndBytesConfig
+
+config = BitsAndBytesConfig({options})
+model = recycle.load("FOLDER", quantization_config=config, dtype=torch.{dtype})"""
+OPTIONS = {
+    "int8": "load_in_8bit=True",
+    "nf4": (
+        '\n    load_in_4bit=True,\n    bnb_4bit_quant_type="nf4",\n'
+        "    bnb_4bit_use_double_quant=True,\n    bnb_4bit_compute_dtype=torch.{dtype},\n"
+    ),
+}
 ELSEWHERE = (
     "This backbone is not on the Hub. On another machine than the one of this run, tell where it "
     'lies: `recycle.load("FOLDER", backbone="BACKBONE")`.'
@@ -33,6 +46,7 @@ def model_card(results: Results) -> str:
     backbone, data = results.backbone, results.data
     streams = sorted(model.streams for model in results.models if model.streams > 1)
     largest, smallest = streams[-1], streams[0]
+    trained_on = backbone if results.first is None else results.first
     tokens = (f"{_trained(training)}: {training.tokens:,}" for training in results.training)
     return document(
         f"---\n{_metadata(results)}\n---",
@@ -46,6 +60,7 @@ def model_card(results: Results) -> str:
         "One P with plain PEFT, where FOLDER is on disk:",
         fence(PEFT.format(largest=largest), "python"),
         "" if backbone.source == "hub" else ELSEWHERE,
+        _quantised(trained_on),
         result(results),
         "## Training",
         facts(
@@ -53,8 +68,8 @@ def model_card(results: Results) -> str:
                 "backbone": backbone.id,
                 "backbone revision": backbone.revision,
                 "backbone fingerprint": backbone.fingerprint,
-                "backbone dtype": backbone.dtype,
-                "backbone quantisation": backbone.quantization,
+                "backbone dtype": trained_on.dtype,
+                "backbone quantisation": trained_on.quantization,
                 "backbone licence": backbone.license or "unknown",
                 "data": data.source if data.path is None else f"{data.source}: {data.path}",
                 "data licence": data.license or "unknown",
@@ -63,6 +78,19 @@ def model_card(results: Results) -> str:
         ),
         "More in `report.md`; every number, with the loss of each document, in `results.json`.",
     )
+
+
+def _quantised(backbone: BackboneRecord | FirstMeasurement) -> str:
+    """How to load the backbone as it was in training, where that was quantised."""
+    if backbone.quantization is None:
+        return ""
+    options = OPTIONS[backbone.quantization].format(dtype=backbone.dtype)
+    return document(
+        f"The adapters were trained on the backbone in {backbone.quantization} (bitsandbytes). To "
+        "load it so too; without these options it is loaded as it is stored:",
+        fence(QUANTISED.format(options=options, dtype=backbone.dtype), "python"),
+        "What that changes is measured by `recycle eval FOLDER backbone.quantization=none`.",
+    ).rstrip()
 
 
 def _trained(training: Training) -> str:

@@ -5,9 +5,12 @@ import re
 from recycle.results import (
     COLUMNS,
     CONTROL,
+    FIRST_COLUMNS,
     Difference,
     Results,
+    first_table,
     format_difference,
+    precisions,
     shared_training,
     table,
 )
@@ -28,6 +31,7 @@ def result(results: Results) -> str:
     ]
     return markdown.document(
         "## Result",
+        against_the_run(results),
         markdown.table(columns, rows),
         shared_training(results),
         "In nats per token, ± one standard error:",
@@ -37,6 +41,23 @@ def result(results: Results) -> str:
         "![Held-out loss against P](loss_vs_streams.png)",
         "## Before you believe it",
         bullets(warnings(results)),
+    ).rstrip()
+
+
+def against_the_run(results: Results) -> str:
+    """What measuring the adapters again, mostly in another precision, changes, in Markdown."""
+    if results.first is None:
+        return ""
+    lines = []
+    for name, difference in results.minus_first().items():
+        side = "as in the run" if difference.mean == 0 else _compare(difference, "run's own loss")
+        lines.append(f"**{escape(name)}** is {side}.")
+    return markdown.document(
+        f"{escape(precisions(results))}. The run that trained them ended on "
+        f"{results.first.date:%Y-%m-%d}; its own losses, and what changes:",
+        markdown.table(FIRST_COLUMNS, first_table(results)),
+        bullets(lines),
+        "And this measurement on its own:",
     ).rstrip()
 
 

@@ -15,11 +15,22 @@ from pydantic import (
     model_validator,
 )
 
-from .comparison import Measurement, ModelResult, ScoredDocument, compare
+from .comparison import (
+    Difference,
+    Measurement,
+    ModelResult,
+    ScoredDocument,
+    compare,
+    paired_difference,
+)
 from .machine import Hardware
 from .record import Record
 
 SCHEMA_VERSION: Final = 1
+
+
+def _utc(date: datetime) -> datetime:
+    return date.astimezone(UTC).replace(microsecond=0)
 
 
 class BackboneRecord(Record):
@@ -37,6 +48,18 @@ class BackboneRecord(Record):
     model_type: str
     vocab_size: PositiveInt
     license: str | None = None
+
+
+class FirstMeasurement(Record):
+    """What the run that trained the adapters measured, where they are measured again."""
+
+    date: Annotated[AwareDatetime, AfterValidator(_utc)]
+    dtype: str
+    """Number format that the backbone computed in, in training too."""
+    quantization: str | None = None
+    """Quantisation of the backbone, in training too: int8 or nf4."""
+    losses: dict[str, tuple[float, ...]]
+    """Name of a model in the table -> nats per token of each test document, in their order."""
 
 
 class DataRecord(Record):
@@ -95,10 +118,6 @@ class WallSeconds(Record):
     evaluation: NonNegativeFloat
 
 
-def _utc(date: datetime) -> datetime:
-    return date.astimezone(UTC).replace(microsecond=0)
-
-
 class Results(Record):
     """Everything that is known of one run. `compare` makes `models`, and it is checked to."""
 
@@ -119,6 +138,8 @@ class Results(Record):
     models: tuple[ModelResult, ...]
     """In the order of the table; the backbone first."""
     wall_seconds: WallSeconds
+    first: FirstMeasurement | None = None
+    """The run's own measurement, where this is another one (`recycle eval`) of its adapters."""
 
     @model_validator(mode="after")
     def _derived_numbers_follow_from_losses(self) -> Self:
@@ -129,6 +150,31 @@ class Results(Record):
                     f"the file has {_derived(got)}, its losses give {_derived(expected)}"
                 )
         return self
+
+    @model_validator(mode="after")
+    def _both_measurements_are_of_the_same_models(self) -> Self:
+        names = [model.name for model in self.models]
+        if self.first is not None and list(self.first.losses) != names:
+            raise ValueError(
+                f"the run measured {list(self.first.losses)}, and this measurement is of {names}"
+            )
+        if self.first is not None:
+            self.minus_first()  # of the same documents
+        return self
+
+    def minus_first(self) -> dict[str, Difference]:
+        """Of each model, this measurement minus the run's own; none where this is the run's own."""
+        if self.first is None:
+            return {}
+        first = self.first.losses
+        return {x.name: paired_difference(x.losses, first[x.name]) for x in self.models}
+
+
+def precision(backbone: BackboneRecord | FirstMeasurement) -> str:
+    """`bfloat16`, or `nf4 computing in bfloat16`."""
+    if backbone.quantization is None:
+        return backbone.dtype
+    return f"{backbone.quantization} computing in {backbone.dtype}"
 
 
 def _derived(model: ModelResult) -> dict[str, JsonValue]:

@@ -1,9 +1,11 @@
 """Results -> the table, as text and for the terminal."""
 
+import statistics
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from .comparison import Difference, ModelResult
-from .schema import Results
+from .comparison import BACKBONE, Difference, ModelResult, paired_difference
+from .schema import Results, precision
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -26,6 +28,22 @@ _NARROW_COLUMNS = (
     "KV bytes\n/token",
     "train/prefill\n/decode\ntokens/s",
 )
+FIRST_COLUMNS = (
+    "model",
+    "loss in the run",
+    "loss now",
+    "now − run ± se",
+    "run: − backbone ± se",
+    "now: − backbone ± se",
+)
+_NARROW_FIRST_COLUMNS = (
+    "model",
+    "run\nloss",
+    "loss\nnow",
+    "now − run\n± se",
+    "run:\n− backbone ± se",
+    "now:\n− backbone ± se",
+)
 
 
 def table(results: Results) -> list[tuple[str, ...]]:
@@ -46,22 +64,9 @@ def table(results: Results) -> list[tuple[str, ...]]:
 
 def rich_table(results: Results) -> "Table":
     """The table for a terminal of 80 columns or more, with parameters and speeds rounded."""
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-    from rich.text import Text
-
     notes = ["Loss in nats per token; lower is better.", shared_training(results)]
-    shown = Table(
-        title=Text(results.name),
-        caption=Text("\n".join(filter(None, notes))),
-        box=SIMPLE_HEAD,
-        show_edge=False,
-        padding=0,
-    )
-    for number, column in enumerate(_NARROW_COLUMNS):
-        shown.add_column(column, justify="right" if number else "left")
-    for model in results.models:
-        cells = (
+    rows = [
+        (
             model.name,
             f"{model.loss:.4f}",
             format_difference(model.minus_backbone).replace(" ", ""),
@@ -70,17 +75,77 @@ def rich_table(results: Results) -> "Table":
             f"{model.kv_bytes_per_token:,}",
             "/".join(map(_short_rate, _rates(model))),
         )
-        shown.add_row(*map(Text, cells))
+        for model in results.models
+    ]
+    return _rich(results.name, "\n".join(filter(None, notes)), _NARROW_COLUMNS, rows)
+
+
+def first_table(results: Results) -> list[tuple[str, ...]]:
+    """The rows under `FIRST_COLUMNS` of a later measurement; none of the run's own."""
+    if results.first is None:
+        return []
+    losses, differences = results.first.losses, results.minus_first()
+    return [
+        (
+            model.name,
+            f"{statistics.fmean(losses[model.name]):.4f}",
+            f"{model.loss:.4f}",
+            format_difference(differences[model.name]),
+            _minus(losses, model.name, BACKBONE),
+            format_difference(model.minus_backbone),
+        )
+        for model in results.models
+    ]
+
+
+def rich_first_table(results: Results) -> "Table":
+    """The same for a terminal of 80 columns or more."""
+    rows = [
+        tuple(cell.replace(" ± ", "±") if column else cell for column, cell in enumerate(row))
+        for row in first_table(results)
+    ]
+    caption = "now − run below zero: better than in the run."
+    title = precisions(results).replace(", ", ",\n")  # both lines fit above the narrowest table
+    return _rich(title, caption, _NARROW_FIRST_COLUMNS, rows)
+
+
+def precisions(results: Results) -> str:
+    """In which precisions of the backbone the adapters were trained and are measured."""
+    trained = precision(results.backbone if results.first is None else results.first)
+    return f"Trained on {trained}, measured on {precision(results.backbone)}"
+
+
+def _minus(losses: dict[str, tuple[float, ...]], name: str, other: str) -> str:
+    if name == other:
+        return ""
+    return format_difference(paired_difference(losses[name], losses[other]))
+
+
+def _rich(
+    title: str, caption: str, columns: Sequence[str], rows: Sequence[tuple[str, ...]]
+) -> "Table":
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+    from rich.text import Text
+
+    shown = Table(
+        title=Text(title), caption=Text(caption), box=SIMPLE_HEAD, show_edge=False, padding=0
+    )
+    for number, column in enumerate(columns):
+        shown.add_column(column, justify="right" if number else "left")
+    for row in rows:
+        shown.add_row(*map(Text, row))
     return shown
 
 
 def shared_training(results: Results) -> str:
-    """Whose training speed stands in the rows of a nested family; nothing for others."""
+    """Whose training speed stands in the rows of a nested family; nothing where none does."""
+    shown = {x.streams for x in results.models if x.speed.train_tokens_per_second is not None}
     return " ".join(
         f"The train tokens/s of P = {', '.join(map(str, training.streams))} is that of the one "
         "training they share."
         for training in results.training
-        if len(training.streams) > 1 and training.tokens_per_second is not None
+        if len(training.streams) > 1 and shown.issuperset(training.streams)
     )
 
 

@@ -1,5 +1,6 @@
 """The comparison: test losses, speed and sizes of the backbone, the control and each P."""
 
+import math
 import time
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,11 +16,13 @@ from recycle.parscale import family
 from recycle.parscale.fingerprint import Fingerprint, differences
 from recycle.progress import Display, Silent
 from recycle.recipe import Recipe, identity, resolve
-from recycle.results import Results
+from recycle.results import FirstMeasurement, Results, precision
 from recycle.train import steps
 
 from .folder import RECIPE, RESULTS, RunError
 from .record import backbone_record, device_of, hardware, scored_documents, with_dtype
+
+PRECISION = ("backbone.dtype", "backbone.quantization")  # which `recycle eval` may change
 
 
 def prepare_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> data.Splits:
@@ -87,6 +90,11 @@ def measure(
     losses = evaluate.document_losses(
         model, layer, models, splits.test, recipe.evaluation.batch_size, progress.advance
     )
+    if broken := [name for name, each in losses.items() if not all(map(math.isfinite, each))]:
+        raise RunError(
+            f"The test loss of {', '.join(broken)} is not finite, with the backbone in "
+            f"{str(model.dtype).removeprefix('torch.')}. {evaluate.range_advice(model)}".rstrip()
+        )
     speeds: dict[str, results.Speed] = {}
     if recipe.evaluation.speed:
         progress.start("speed", len(models) * (evaluate.REPEATS + 1))
@@ -126,10 +134,13 @@ def evaluate_again(
 ) -> Results:
     """Measure a finished run's adapters again, on this machine and the same documents.
 
+    The record holds the run's own losses as well, and the difference to them is shown.
+
     Args:
         run_folder: The finished run.
-        overrides: `key=value` of the sections evaluation and launch. The data stay as they were:
-            in another split, documents that were trained on could be measured.
+        overrides: `key=value` of the sections evaluation and launch, and of the backbone's
+            precision. The data stay as they were: in another split, documents that were trained
+            on could be measured.
         out: Where to write the new results; None keeps them off the disk.
 
     Raises:
@@ -147,17 +158,28 @@ def evaluate_again(
     if out is not None and not Path(out).parent.is_dir():
         raise RunError(f"{out} cannot be written: there is no folder {Path(out).parent}.")
     before = results.read(folder / RESULTS)
+    first = FirstMeasurement(
+        date=before.date,
+        dtype=before.backbone.dtype,
+        quantization=before.backbone.quantization,
+        losses={model.name: model.losses for model in before.models},
+    )
     keys = [override.partition("=")[0].strip() for override in overrides]
-    fixed = [key for key in keys if key.partition(".")[0] not in ("evaluation", "launch")]
+    fixed = [
+        key
+        for key in keys
+        if key.partition(".")[0] not in ("evaluation", "launch") and key not in PRECISION
+    ]
     if fixed:
         raise RunError(
             "`recycle eval` measures the same adapters on the same documents and takes fields of "
-            f"evaluation and launch only, got {', '.join(fixed)}."
+            f"evaluation and launch, {' and '.join(PRECISION)} only, got {', '.join(fixed)}."
         )
     recipe = resolve(str(folder / RECIPE), overrides).recipe
     device = device_of(recipe)
     machine = hardware(device)
-    backbone, tokenizer, source = backbones.load(with_dtype(recipe.backbone, device), device)
+    recipe = recipe.model_copy(update={"backbone": with_dtype(recipe.backbone, device)})
+    backbone, tokenizer, source = backbones.load(recipe.backbone, device)
     check_window(recipe, backbone.config)
     members = family.read_members(folder, family.Family.read(folder))
     trained_on = Fingerprint.from_dict(members[0].config.fingerprint or {})
@@ -175,25 +197,30 @@ def evaluate_again(
         )
     with Display(console) as display:
         started = time.perf_counter()
-        same_machine = machine == before.hardware  # elsewhere the training's speed says nothing
-        trainings = list(before.training) if same_machine else []
+        measured = backbone_record(recipe, backbone, source)
+        # Elsewhere, and in another precision, the training's speed says nothing.
+        comparable = machine == before.hardware and precision(measured) == precision(first)
+        trainings = list(before.training) if comparable else []
         measurements = measure(model, splits, recipe, trainings, display)
-    record = before.model_copy(
-        update={
+    record = Results.model_validate(
+        dict(before)
+        | {
             "date": datetime.now(UTC),
             "command": command,
             "recipe": recipe.model_dump(mode="json"),
             "recipe_identity": identity(recipe),
             "packages": results.packages(),
             "hardware": machine,
-            "backbone": backbone_record(recipe, backbone, source),
+            "backbone": measured,
             "models": results.compare(scored_documents(splits.test), measurements),
             "wall_seconds": before.wall_seconds.model_copy(
                 update={"evaluation": time.perf_counter() - started}
             ),
+            "first": first,
         }
     )
     if out is not None:
         results.write(record, Path(out))
     console.print(results.rich_table(record))
+    console.print(results.rich_first_table(record))
     return record

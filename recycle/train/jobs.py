@@ -59,7 +59,8 @@ def add_adapter(model: Any, job: Job, recipe: Recipe, starts: Tensor) -> PeftMod
         smoothing=recipe.method.smoothing,
         init=recipe.method.init,
         start_token_ids=starts[:p].tolist() if text else None,
-        backbone_dtype=recipe.backbone.quantization or str(model.dtype).removeprefix("torch."),
+        backbone_dtype=str(model.dtype).removeprefix("torch."),
+        backbone_quantization=recipe.backbone.quantization,
     )
     if isinstance(model, PeftModelForCausalLM):
         model.add_adapter(job.adapter, config)

@@ -23,13 +23,14 @@ from transformers.trainer_callback import PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
 from recycle.data import Splits
-from recycle.evaluate import contenders, document_losses, streams_of
+from recycle.evaluate import contenders, document_losses, range_advice, streams_of
 from recycle.parscale.prefix import ActiveStreams
 from recycle.parscale.streams import choose_streams
 from recycle.progress import Silent
 from recycle.recipe import Recipe
 
 from .checkpoints import TrainingError, seal, writing
+from .head import fused_head_is_right, next_token_log_probs
 from .jobs import Job, steps
 
 MEND = (
@@ -61,6 +62,7 @@ class StreamTrainer(SFTTrainer):
         self.weights /= self.weights.sum()
         self.head_losses: list[Tensor] = []
         self.layer = streams_of(model)
+        self.mend = range_advice(model) + MEND
         total = steps(recipe)
         arguments = SFTConfig(
             output_dir=str(folder),
@@ -94,6 +96,15 @@ class StreamTrainer(SFTTrainer):
             {"params": prefixes, "lr": job.prefix_learning_rate},
             {"params": aggregators, "lr": training.aggregator_learning_rate},
         ]
+        # Gradients of a mean over a step's tokens are too small for float16. There the backward
+        # pass is that of their sum, and what reaches the parameters, in float32, is divided again.
+        self.summed = training.batch_size * (recipe.data.block_size - 1)
+        self.in_float16 = model.dtype == torch.float16
+        self.hooks = [
+            parameter.register_hook(lambda gradient: gradient / self.summed)
+            for parameter in (*prefixes, *aggregators)
+            if self.in_float16 and parameter.requires_grad
+        ]
         optimizer = torch.optim.AdamW([g for g in groups if g["params"]], weight_decay=0.0)
         values = [(p, p.data) for p in (*prefixes, *aggregators)]
         super().__init__(
@@ -110,6 +121,7 @@ class StreamTrainer(SFTTrainer):
         self.model_accepts_loss_kwargs = False
         for parameter, value in values:  # which TRL rounds to bfloat16 on a quantised backbone
             parameter.data = value
+        self.fused = fused_head_is_right(model, self.layer, splits.train[0]["input_ids"])
 
     def compute_loss(
         self,
@@ -122,28 +134,35 @@ class StreamTrainer(SFTTrainer):
         heads = self.job.heads
         streams = ActiveStreams(self.job.adapter, heads[-1], heads)
         labels = inputs["labels"].repeat(len(heads), 1)  # [|P|*B, S]
+        ids = {"input_ids": inputs["input_ids"], "use_cache": False}
         with choose_streams(self.layer, streams):
-            outputs = model(
-                input_ids=inputs["input_ids"], labels=labels, use_cache=False, fused_lm_head=True
-            )
-        tokens = outputs.label_mask.sum() / len(heads)
-        losses = -outputs.log_probs.float().view(len(heads), -1).sum(dim=1) / tokens  # [|P|]
+            if self.fused:
+                log_probs = model(**ids, labels=labels, fused_lm_head=True).log_probs.float()
+            else:
+                log_probs = next_token_log_probs(model(**ids).logits, labels)
+        losses = -log_probs.view(len(heads), -1).mean(dim=1)  # [|P|]
         if not torch.isfinite(losses).all():
             raise TrainingError(
                 f"The training loss of adapter {self.job.adapter!r} is not finite at step "
-                f"{self.state.global_step + 1}: {losses.tolist()} for P = {list(heads)}. {MEND}"
+                f"{self.state.global_step + 1}: {losses.tolist()} for P = {list(heads)}. "
+                f"{self.mend}"
             )
         self.head_losses.append(losses.detach())
-        return (losses * self.weights.to(losses)).sum()
+        loss = (losses * self.weights.to(losses)).sum()
+        if self.in_float16:
+            loss.register_hook(lambda gradient: gradient * self.summed)
+        return loss
 
     def release(self) -> None:
-        """Take TRL's forward off the backbone again."""
+        """Take TRL's forward off the backbone again, and the hooks off the adapter."""
+        for hook in self.hooks:
+            hook.remove()
         self.model.get_base_model().__dict__.pop("forward", None)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         for name, parameter in self.model.named_parameters():
             if _is_of(self.job.adapter, name) and not torch.isfinite(parameter).all():
-                raise TrainingError(f"{name} is not finite at a checkpoint. {MEND}")
+                raise TrainingError(f"{name} is not finite at a checkpoint. {self.mend}")
         # TRL's version writes a model card as well.
         checkpoint = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         try:
@@ -207,7 +226,7 @@ class _Watch(TrainerCallback):
                 raise TrainingError(
                     f"The gradient of {name} is {what} at step {state.global_step + 1}. A missing "
                     "one means that the backbone's kernels pass none on, a non-finite one that a "
-                    f"learning rate is too high. {MEND}"
+                    f"learning rate is too high. {self.trainer.mend}"
                 )
 
     def on_step_end(
@@ -254,7 +273,8 @@ class _Watch(TrainerCallback):
         means = {name: sum(values) / len(values) for name, values in losses.items()}
         if not all(math.isfinite(mean) for mean in means.values()):
             raise TrainingError(
-                f"The validation loss is not finite at step {state.global_step}: {means}. {MEND}"
+                f"The validation loss is not finite at step {state.global_step}: {means}. "
+                f"{self.trainer.mend}"
             )
         tokens = state.global_step * self.tokens_per_step
         point = {"step": state.global_step, "tokens": tokens, "validation_loss": means}
