@@ -112,7 +112,8 @@ def eval(
         list[str] | None,
         typer.Argument(
             metavar="[KEY=VALUE]...",
-            help="Set a field of evaluation or launch (evaluation.batch_size=8).",
+            help="Set a field of evaluation or launch (evaluation.batch_size=8), or the "
+            "backbone's precision (backbone.quantization=none).",
         ),
     ] = None,
 ) -> None:

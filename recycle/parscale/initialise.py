@@ -224,7 +224,7 @@ def text_start(
         if any(not torch.equal(key, k) or not torch.equal(value, v) for k, v in again):
             raise _no_text_start(model, "a module attends to more than one pair of keys and values")
         if not (torch.isfinite(key).all() and torch.isfinite(value).all()):
-            raise _no_text_start(model, "its keys and values on that text are not finite")
+            raise _no_text_start(model, f"keys and values on it are not finite in {key.dtype}")
     return {module: calls[0] for module, calls in recorded.items()}
 
 

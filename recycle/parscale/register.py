@@ -2,7 +2,8 @@
 
 PEFT keeps its methods in an enum and has no way to add one from outside the library, and a new
 attention name would lose its mask in the models that test for "eager" and "sdpa" by name. So both
-are extended in place, once, on import.
+are extended in place, once, on import. Paged batching, which knows nothing of streams, is refused
+where it starts: it runs the model in a thread of its own, where an error reaches nobody.
 """
 
 from collections.abc import Callable
@@ -11,11 +12,14 @@ from typing import Any
 
 from peft import PeftType
 from peft.utils import register_peft_method
+from torch import nn
+from transformers.generation.continuous_batching import ContinuousMixin
 from transformers.modeling_utils import AttentionInterface
 
 from .config import ParScaleConfig
 from .model import ParScaleModel
 from .prefix import attend
+from .streams import DecoderStreams
 
 NAME = "PARSCALE"
 
@@ -27,6 +31,7 @@ def register() -> None:
     _add_peft_type()
     register_peft_method(name=NAME.lower(), config_cls=ParScaleConfig, model_cls=ParScaleModel)
     _intercept_attention()
+    _refuse_paged_batching()
 
 
 def _add_peft_type() -> None:
@@ -50,3 +55,19 @@ def _intercept_attention() -> None:
         return partial(attend, attention, attn_implementation)
 
     AttentionInterface.get_interface = get_interface
+
+
+def _refuse_paged_batching() -> None:
+    original = ContinuousMixin.init_continuous_batching
+
+    @wraps(original)
+    def init_continuous_batching(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        for module in self.modules():
+            if isinstance(module, DecoderStreams) and module.selection() is not None:
+                raise ValueError(
+                    "Streams do not run in paged continuous batching (generate_batch). Use "
+                    "generate on a padded batch, or the backbone with recycle.set_p(model, 1)."
+                )
+        return original(self, *args, **kwargs)
+
+    ContinuousMixin.init_continuous_batching = init_continuous_batching

@@ -137,9 +137,15 @@ def shrink_cache(cache: Cache, p: int) -> None:
 def _check_cache(cache: Cache | None, streams: ActiveStreams | None) -> None:
     if cache is None:
         return
+    if streams is not None and not hasattr(cache, "layers"):
+        raise CacheError(
+            "Streams take a cache with layers, such as DynamicCache or StaticCache, got a "
+            f"{type(cache).__name__}. Start with a new cache."
+        )
     p, adapter = (1, None) if streams is None else (streams.num_streams, streams.adapter)
     have, filled_by = getattr(cache, "num_streams", 1), getattr(cache, "adapter", None)
-    filled = any(getattr(layer, "keys", None) is not None for layer in cache.layers)
+    layers = getattr(cache, "layers", ())
+    filled = any(getattr(layer, "keys", None) is not None for layer in layers)
     if filled and have != p:
         raise CacheError(
             f"The cache was filled with P = {have}, but P = {p} is in use. Go on with P = {have}, "
@@ -225,7 +231,7 @@ class DecoderStreams(nn.Module, StreamLayer):
         _check_cache(cache, streams)
         forward_state.streams = None
         if streams is None:
-            if cache is not None:
+            if isinstance(cache, Cache):
                 cache.num_streams, cache.adapter = 1, None
             return None
 
@@ -280,7 +286,22 @@ class DecoderStreams(nn.Module, StreamLayer):
             output.past_key_values = output.past_key_values.cache
         if output.get("hidden_states") is not None:
             output.hidden_states = (*output.hidden_states[:-1], merged)
+        if output.get("router_logits") is not None:
+            output.router_logits = tuple(
+                part
+                for each in output.router_logits
+                for part in _by_stream(each, *hidden.shape[:2])
+            )
         return output
+
+
+def _by_stream(router_logits: Tensor, batch: int, p: int) -> Iterator[Tensor]:
+    """A layer's router logits `[B*P*S, experts]` as P of `[B*S, experts]`.
+
+    Outside they look like those of more layers, so the balance of experts is that over all streams.
+    """
+    by_stream = router_logits.view(batch, p, -1, router_logits.shape[-1])
+    yield from (part.flatten(0, 1) for part in by_stream.unbind(1))
 
 
 def _positions(mask: Tensor, length: int) -> Tensor:
