@@ -1,5 +1,7 @@
 """Text from a finished run, streamed to standard output."""
 
+import sys
+
 from peft import PeftConfig
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, TextStreamer
 
@@ -21,7 +23,12 @@ def generate_text(source: str, prompt: str, p: int | None, max_new_tokens: int, 
         FamilyError: See `recycle.load`; or there is no tokenizer, or it has no chat template.
     """
     model = load(source, p)
-    tokenizer = _tokenizer(source, model.peft_config[model.active_adapter])
+    config = model.peft_config[model.active_adapter]
+    tokenizer = _tokenizer(source, config)
+    if config.backbone_quantization is not None:
+        dtype = str(model.dtype).removeprefix("torch.")
+        trained = f"Trained on a backbone in {config.backbone_quantization}, running on {dtype}."
+        print(trained, file=sys.stderr)
     if prompt.encode("utf-8", "replace").decode() != prompt:
         raise FamilyError("The prompt is not text in UTF-8.")
     if chat and tokenizer.chat_template is None:
