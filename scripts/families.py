@@ -44,7 +44,7 @@ RECORD = ROOT / "scripts" / "measured" / "families.json"
 TABLE = RECORD.with_suffix(".md")
 # What decides a verdict, besides the libraries.
 SOURCES = (
-    *(f"recycle/parscale/{name}.py" for name in ("aggregator", "config", "fallback")),
+    *(f"recycle/parscale/{name}.py" for name in ("aggregator", "cache", "config", "fallback")),
     *(f"recycle/parscale/{name}.py" for name in ("initialise", "model", "prefix")),
     *(f"recycle/parscale/{name}.py" for name in ("register", "streams", "switch")),
     *(f"tests/families/{name}.py" for name in ("configs", "checks", "verdict")),

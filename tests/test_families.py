@@ -9,7 +9,7 @@ from dataclasses import asdict
 import pytest
 import torch
 
-from recycle.parscale.streams import StreamCache
+from recycle.parscale.cache import StreamCache
 from scripts import families
 from tests.families.checks import TOLERANCE, forward, stream_model, token_ids
 from tests.families.configs import MODEL_TYPES, family_model

@@ -1,0 +1,160 @@
+"""One key-value cache for all streams.
+
+Dimensions: B batch, P streams, H key-value heads, S sequence, D size of a head. Streams are
+batch-major: row `b * P + i` is stream i of sequence b.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+from transformers.cache_utils import (
+    Cache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    StaticLayer,
+    StaticSlidingWindowLayer,
+)
+
+from .prefix import ActiveStreams
+
+# Before transformers 5.21 models read recurrent states past the cache: there they keep batch B*P,
+# and beam search on hybrids does not work.
+_STATES_ARE_FOLDED = hasattr(Cache, "get_conv_state")
+# Layers of a cache that are nothing but keys and values, so that fewer streams are a slice.
+_PLAIN_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer)
+
+
+class CacheError(ValueError):
+    """A key-value cache was filled with another number of streams than the one in use."""
+
+
+class StreamCache(Cache):
+    """What the decoder sees of a cache: batch B*P over a cache that holds batch B with P*H heads.
+
+    The streams are extra key-value heads of an ordinary cache, so that beam search, cropping and
+    static caches work on it as on any other, and fewer streams are a slice of it.
+    """
+
+    def __init__(self, cache: Cache, streams: ActiveStreams) -> None:
+        self.cache = cache
+        self.num_streams = streams.num_streams
+        cache.num_streams, cache.adapter = streams.num_streams, streams.adapter
+        self._change_positions(lambda x: x.repeat_interleave(self.num_streams, dim=1))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.cache, name)
+
+    def close(self) -> None:
+        """Leave the cache with batch B everywhere, when the decoder is done with it."""
+        self._change_positions(lambda x: x[:, :: self.num_streams])
+
+    def _change_positions(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Qwen4-Exp keeps position ids [3, B, S] in its layers, the same for all streams."""
+        for layer in self.cache.layers:
+            if getattr(layer, "indexer_position_ids", None) is not None:
+                layer.indexer_position_ids = change(layer.indexer_position_ids)
+
+    def _fold(self, x: Tensor) -> Tensor:  # [B*P, H, ...] -> [B, P*H, ...]
+        return x.reshape(-1, self.num_streams * x.shape[1], *x.shape[2:])
+
+    def _unfold(self, x: Tensor) -> Tensor:  # [B, P*H, ...] -> [B*P, H, ...]
+        return x.reshape(-1, x.shape[1] // self.num_streams, *x.shape[2:])
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append keys and values `[B*P, H, S, D]` of a layer; return all of the layer's."""
+        keys, values = self.cache.update(
+            self._fold(key_states), self._fold(value_states), layer_idx, *args, **kwargs
+        )
+        return self._unfold(keys), self._unfold(values)
+
+    # What recurrent layers and sparse attention keep is folded in the same way: channels of a
+    # convolution, heads of a recurrent state, channels of an indexer's keys.
+
+    def _fold_state(self, x: Tensor) -> Tensor:
+        return self._fold(x) if _STATES_ARE_FOLDED else x
+
+    def _unfold_state(self, x: Tensor) -> Tensor:
+        return self._unfold(x) if _STATES_ARE_FOLDED else x
+
+    def get_conv_state(self, *args: Any, **kwargs: Any) -> Tensor | None:
+        state = self.cache.get_conv_state(*args, **kwargs)
+        return None if state is None else self._unfold_state(state)
+
+    def update_conv_state(self, conv_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        folded = self._fold_state(conv_states)
+        return self._unfold_state(self.cache.update_conv_state(folded, *args, **kwargs))
+
+    def get_recurrent_state(self, *args: Any, **kwargs: Any) -> Tensor | None:
+        state = self.cache.get_recurrent_state(*args, **kwargs)
+        return None if state is None else self._unfold_state(state)
+
+    def update_recurrent_state(self, recurrent_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        folded = self._fold_state(recurrent_states)
+        return self._unfold_state(self.cache.update_recurrent_state(folded, *args, **kwargs))
+
+    def update_indexer(self, indexer_key_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Append keys `[B*P, S, D]` of an indexer; return all of the layer's."""
+        folded = self._fold(indexer_key_states.transpose(1, 2)).transpose(1, 2)  # [B, S, P*D]
+        keys = self.cache.update_indexer(folded, *args, **kwargs)
+        return self._unfold(keys.transpose(1, 2)).transpose(1, 2)
+
+
+def shrink_cache(cache: Cache, p: int) -> None:
+    """Keep the first `p` streams of a cache that was filled by a nested family, in place.
+
+    Args:
+        cache: A cache of P*H key-value heads from `model(...)` or `model.generate(...)`.
+        p: Streams to keep, at least 2 and at most the cache's.
+
+    Raises:
+        CacheError: The cache holds fewer streams, or `p` is 1: the backbone's keys and values are
+            none of the streams'. Or it holds more than keys and values, such as the states of
+            linear attention.
+    """
+    have = getattr(cache, "num_streams", 1)
+    other = {type(layer).__name__ for layer in cache.layers if type(layer) not in _PLAIN_LAYERS}
+    if other:
+        raise CacheError(
+            "A cache can be cut where its layers hold plain keys and values, got "
+            f"{', '.join(sorted(other))}. Start with a new cache."
+        )
+    if not 2 <= p <= have:
+        raise CacheError(
+            f"A cache can be cut to 2 streams or more, up to its own number of {have}, got p={p}. "
+            "For the backbone (P = 1) start with a new cache."
+        )
+    for layer in cache.layers:
+        if layer.keys is not None:  # filled
+            layer.keys = layer.keys[:, : layer.keys.shape[1] * p // have]
+            layer.values = layer.values[:, : layer.values.shape[1] * p // have]
+    cache.num_streams = p
+
+
+def check_cache(cache: Cache | None, streams: ActiveStreams | None) -> None:
+    """Raise a CacheError where a cache was filled by other streams than those in use."""
+    if cache is None:
+        return
+    if streams is not None and not hasattr(cache, "layers"):
+        raise CacheError(
+            "Streams take a cache with layers, such as DynamicCache or StaticCache, got a "
+            f"{type(cache).__name__}. Start with a new cache."
+        )
+    p, adapter = (1, None) if streams is None else (streams.num_streams, streams.adapter)
+    have, filled_by = getattr(cache, "num_streams", 1), getattr(cache, "adapter", None)
+    layers = getattr(cache, "layers", ())
+    filled = any(getattr(layer, "keys", None) is not None for layer in layers)
+    if filled and have != p:
+        raise CacheError(
+            f"The cache was filled with P = {have}, but P = {p} is in use. Go on with P = {have}, "
+            "start with a new cache, or, to go down within a nested family, cut it with "
+            "recycle.parscale.shrink_cache(cache, p)."
+        )
+    if filled and filled_by != adapter:
+        names = [f"adapter {x!r}" if x else "the backbone alone" for x in (filled_by, adapter)]
+        raise CacheError(
+            f"The cache was filled with {names[0]}, but {names[1]} is in use. Start with a new "
+            "cache."
+        )
