@@ -1,6 +1,9 @@
 """Tensors in safetensors files, checked, compared and copied by pieces of a few megabytes.
 
-What is done to a model this way needs no memory to speak of, however large its files are.
+What is done to a model this way needs no memory to speak of, however large its files are. The
+library's own functions map or copy whole files: measured on shards of at most 44 MB, importing and
+comparing peaked at 51 and 76 MB with safetensors 0.8 and at twice a shard with 0.7, and here at 23
+and 29 MB (pytest tests/test_export.py -k peak).
 """
 
 import json
