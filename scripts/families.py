@@ -57,6 +57,11 @@ def sources_sha256() -> str:
     return hashlib.sha256(b"".join((ROOT / name).read_bytes() for name in SOURCES)).hexdigest()
 
 
+def versions() -> dict[str, str]:
+    """Of the libraries that decide a verdict, without what build of them it is."""
+    return {x.__name__: x.__version__.partition("+")[0] for x in (torch, transformers, peft)}
+
+
 def _quiet() -> None:
     torch.set_num_threads(1)  # tiny models gain nothing from more
     transformers.utils.logging.set_verbosity_error()
@@ -82,7 +87,7 @@ def record(verdicts: dict[str, Verdict], seconds: float) -> dict[str, Any]:
         "commit": commit + (" and changes" if changed else ""),
         "command": "python scripts/families.py",
         "seconds": round(seconds),
-        "versions": {x.__name__: x.__version__ for x in (torch, transformers, peft)},
+        "versions": versions(),
         "sources_sha256": sources_sha256(),
         "types": {name: asdict(verdict) for name, verdict in verdicts.items()},
     }
@@ -90,43 +95,50 @@ def record(verdicts: dict[str, Verdict], seconds: float) -> dict[str, Any]:
 
 def table(kept: dict[str, Any]) -> str:
     """The record as Markdown."""
-    versions = kept["versions"]
+    of = kept["versions"]
     types: dict[str, dict[str, Any]] = kept["types"]
     counts = Counter(verdict["state"] for verdict in types.values())
     lines = [
         "# Which models can have streams",
         "",
-        f"Every causal-LM type of transformers {versions['transformers']}, a tiny random model of "
+        f"Every causal-LM type of transformers {of['transformers']}, a tiny random model of "
         f"each, in float32 on the CPU: {counts[SUPPORTED]} supported, {counts[REFUSED]} refused, "
         f"{counts[BROKEN]} broken in transformers itself. Made by `{kept['command']}` in "
-        f"{kept['seconds']} s, {kept['date']}, commit {kept['commit']}, torch {versions['torch']}, "
-        f"peft {versions['peft']}.",
+        f"{kept['seconds']} s, {kept['date']}, commit {kept['commit']}, torch {of['torch']}, "
+        f"peft {of['peft']}.",
         "",
         f"## Supported ({counts[SUPPORTED]})",
         "",
         "With two streams: P = 1 is the backbone bit for bit; every prefix and aggregator gets a "
         "gradient; cached logits and tokens equal uncached; left padding, beam search and a static "
         "cache change nothing, nor does sdpa in place of eager attention; a saved adapter loads to "
-        "the same logits. The last columns say whether a cache takes several tokens at once, as in "
-        "a second turn, and whether one stream that starts from a text is the backbone conditioned "
-        "on that text.",
+        "the same logits. Logits are equal within 1e-4 of the largest of them. The last columns "
+        "say whether a cache takes several tokens at once, as in a second turn; whether sequences "
+        "in one row are told apart by their positions (with `use_cache=False`); and whether one "
+        "stream that starts from a text is the backbone conditioned on that text, or else what "
+        "hinders that: it starts from the text's values all the same.",
         "",
-        "| type | attention | warm cache | text start |",
-        "| --- | --- | --- | --- |",
+        "| type | attention | warm cache | packing | text start |",
+        "| --- | --- | --- | --- | --- |",
     ]
     for name, verdict in types.items():
         if verdict["state"] == SUPPORTED:
             checks = verdict["checks"]
             words = (
                 "eager, sdpa" if checks["attention"] == PASSED else checks["attention"],
-                "yes" if checks["warm cache"] == PASSED else checks["warm cache"].split(" (")[0],
+                *("yes" if checks[x] == PASSED else checks[x] for x in ("warm cache", "packing")),
                 "equal" if checks["text start"] == PASSED else checks["text start"],
             )
             lines.append(f"| {name} | {' | '.join(words)} |")
-    for state, title in ((REFUSED, "Refused"), (BROKEN, "Broken in transformers itself")):
+    titles = {REFUSED: "Refused", BROKEN: "Broken in transformers itself, or not to be run alone"}
+    for state, title in titles.items():
         lines += ["", f"## {title} ({counts[state]})", ""]
         if state == BROKEN:
-            lines += ["The check that the bare backbone fails, and how.", ""]
+            lines += [
+                "The check that the bare backbone fails, and how; or why it cannot be run here or "
+                "by itself. Streams are not refused on these, and not examined.",
+                "",
+            ]
         lines += ["| type | reason |", "| --- | --- |"]
         for name, verdict in types.items():
             if verdict["state"] == state:
@@ -140,8 +152,9 @@ def stale() -> str:
     if not RECORD.is_file():
         return "there is none"
     kept = json.loads(RECORD.read_text())
-    if kept["versions"]["transformers"] != transformers.__version__:
-        return f"it is of transformers {kept['versions']['transformers']}"
+    for name, version in versions().items():
+        if kept["versions"][name] != version:
+            return f"it is of {name} {kept['versions'][name]}, and here is {version}"
     if set(kept["types"]) != set(MODEL_TYPES):
         return f"it lacks {sorted(set(MODEL_TYPES) ^ set(kept['types']))}"
     if kept["sources_sha256"] != sources_sha256():
@@ -149,6 +162,14 @@ def stale() -> str:
     if not TABLE.is_file() or TABLE.read_text() != table(kept):
         return f"{TABLE.name} is not made from it"
     return ""
+
+
+def _has_lost(before: dict[str, Any] | None, now: Verdict) -> bool:
+    """Whether a type was supported, or passed a check, and no longer is or does."""
+    if before is None or before["state"] != SUPPORTED:
+        return False
+    passed = [name for name, outcome in before["checks"].items() if outcome == PASSED]
+    return now.state != SUPPORTED or any(now.checks.get(name) != PASSED for name in passed)
 
 
 def main() -> None:
@@ -175,8 +196,7 @@ def main() -> None:
     lost = [
         name
         for name, verdict in verdicts.items()
-        if verdict.state == FAILED
-        or (verdict.state != SUPPORTED and before.get(name, {}).get("state") == SUPPORTED)
+        if verdict.state == FAILED or _has_lost(before.get(name), verdict)
     ]
     if lost:
         reasons = (f"{name}: {verdicts[name].state}, {verdicts[name].reason}" for name in lost)

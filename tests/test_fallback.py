@@ -95,6 +95,10 @@ def test_unloading_leaves_nothing_behind():
     assert torch.equal(forward(unloaded, token_ids(2, 9)).logits, expected)
 
 
+def test_bloom_of_one_head_has_its_position_bias_once():
+    check_text_start(lambda: family_model("bloom", n_head=1))
+
+
 @torch.no_grad()
 def test_a_copy_has_prefixes_of_its_own():
     model = stream_model(family_model("bloom"))

@@ -13,7 +13,14 @@ from recycle.parscale.cache import StreamCache
 from scripts import families
 from tests.families.checks import TOLERANCE, forward, stream_model, token_ids
 from tests.families.configs import MODEL_TYPES, family_model
-from tests.families.verdict import BROKEN, FAILED, REFUSED, SUPPORTED, examine
+from tests.families.verdict import (
+    BROKEN,
+    FAILED,
+    REFUSED,
+    SUPPORTED,
+    Verdict,
+    examine,
+)
 
 RECORDED = json.loads(families.RECORD.read_text())["types"]
 # What people use most, and one of each way in which a model takes streams.
@@ -68,7 +75,9 @@ def test_a_stale_record_is_seen(tmp_path, monkeypatch):
 
     assert keep() == ""
     assert "not made from it" in keep(table="| llama | eager |")
-    assert "of transformers 4.0" in keep(versions=kept["versions"] | {"transformers": "4.0"})
+    for name in ("transformers", "torch", "peft"):
+        older = kept["versions"] | {name: "1.0"}
+        assert f"of {name} 1.0, and here is" in keep(versions=older)
     assert "changed since" in keep(sources_sha256="0")
     types = dict(kept["types"])
     del types["llama"]
@@ -94,6 +103,25 @@ def test_a_defect_of_ours_is_no_fourth_state(monkeypatch):
     verdict = examine("lfm2")
     assert verdict.state == FAILED
     assert set(verdict.checks) >= {"beams"}
+
+
+@pytest.mark.parametrize("model_type", ["lfm2", "gpt2", "doge"])
+def test_a_start_that_is_none_is_found_out(monkeypatch, model_type):
+    """Also where a start from a text cannot be the backbone conditioned on it."""
+    assert RECORDED[model_type]["checks"]["text start"].startswith("another function")
+    monkeypatch.setattr("recycle.parscale.model.start_from", lambda *_: None)
+    assert "text start" in examine(model_type).checks
+    assert examine(model_type).state == FAILED
+
+
+def test_a_lost_check_is_a_loss():
+    kept = RECORDED["llama"]
+    assert not families._has_lost(kept, Verdict(SUPPORTED, "", kept["checks"]))
+    for name in ("text start", "packing", "warm cache", "attention"):
+        less = kept["checks"] | {name: "no"}
+        assert families._has_lost(kept, Verdict(SUPPORTED, "", less))
+    assert families._has_lost(kept, Verdict(BROKEN, "cache", {}))
+    assert not families._has_lost(RECORDED["bart"], Verdict(BROKEN, "cache", {}))
 
 
 def test_a_prefix_that_is_not_seen_is_found_out(monkeypatch):

@@ -4,11 +4,16 @@ Everything is float32. Equality up to rounding is 1e-4 on logits of size 10, and
 are equal unless the two best logits are closer than that.
 """
 
+import copy
+
 import pytest
 import torch
 from transformers import CompileConfig, DynamicCache, EncoderDecoderCache, StaticCache
 
-from recycle.parscale import CacheError, set_p, shrink_cache
+from recycle.parscale import CacheError, set_p, shrink_cache, use_p
+from recycle.parscale.prefix import ActiveStreams
+from recycle.parscale.streams import choose_streams
+from recycle.parscale.switch import _decoder_streams
 from tests.adapters import logits, stream_model, token_ids
 from tests.families.checks import same_tokens
 from tests.families.checks import stream_model as family_streams
@@ -55,6 +60,52 @@ def counted(model):
     return calls
 
 
+# --- P = 1 ------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", BACKBONES)
+def test_one_stream_is_the_backbone_bit_for_bit_on_every_path(kind):
+    bare, model = BACKBONES[kind](), stream_model(BACKBONES[kind]())
+    logits(model, token_ids(2, 12))  # with streams, whose hooks stay
+    set_p(model, 1)
+    ids, mask = token_ids(2, 12), torch.ones(2, 12, dtype=torch.long)
+    mask[0, :3] = 0
+    causal = torch.ones(12, 12).tril()[None, None].expand(2, 1, 12, 12)
+    passes = [
+        {},
+        {"use_cache": False},
+        {"attention_mask": mask},
+        {"output_hidden_states": True},
+        {"labels": ids},
+        {"logits_to_keep": 3},
+    ]
+    if takes_positions(model):
+        passes.append({"position_ids": torch.arange(6).repeat(2, 2), "use_cache": False})
+    if not kind.startswith("by hand"):
+        additive = (1 - causal) * torch.finfo(torch.float32).min
+        passes.append({"attention_mask": additive, "use_cache": False})
+    for inputs in passes:
+        actual, expected = (x(input_ids=ids, **inputs) for x in (model, bare))
+        assert torch.equal(actual.logits, expected.logits)
+        if "labels" in inputs:
+            assert torch.equal(actual.loss, expected.loss)
+        if "output_hidden_states" in inputs:
+            assert all(map(torch.equal, actual.hidden_states, expected.hidden_states))
+    for options in (
+        {},
+        {"num_beams": 3, "num_return_sequences": 2},
+        {"cache_implementation": "static", "disable_compile": True},
+        {"attention_mask": mask},
+        {"do_sample": True, "num_return_sequences": 2},
+    ):
+        tokens = []
+        for each in (model, bare):
+            torch.manual_seed(2)
+            tokens.append(generate(each, ids, **options))
+        assert torch.equal(*tokens)
+
+
 # --- caches over several turns ----------------------------------------------------------------
 
 
@@ -86,6 +137,29 @@ def test_three_turns_of_a_conversation(model, p):
         same_tokens(model, output.sequences, expected)
         cache = output.past_key_values
         ids = torch.cat([output.sequences, token_ids(2, 5, seed=20 + turn)], dim=1)
+
+
+def test_drafts_change_no_token(model, p):
+    """The same weights at P = 1 draft for P streams; a cache is filled by pieces, and cropped."""
+    set_p(model, p)
+    ids = token_ids(1, 4).repeat(1, 4)
+    expected = generate(model, ids)
+    draft = copy.copy(model.get_base_model())
+    drafted, forward = [], draft.forward
+
+    def at_one(*args, **kwargs):
+        drafted.append(1)
+        with use_p(model, 1):
+            return forward(*args, **kwargs)
+
+    draft.forward = at_one
+    for options in (
+        {"assistant_model": draft},
+        {"prompt_lookup_num_tokens": 3},
+        {"prefill_chunk_size": 5},
+    ):
+        same_tokens(model, generate(model, ids, **options), expected)
+    assert len(drafted) > 1
 
 
 def test_turns_of_a_padded_batch(p):
@@ -181,8 +255,61 @@ def test_sequences_in_one_row_do_not_see_each_other(model_type, attention, p):
     parts = [token_ids(1, length, seed=length) for length in (9, 1, 12)]
     ids, positions, flash = packed(parts)
     expected = torch.cat([logits(model, part) for part in parts], dim=1)
-    for more in ({}, flash):  # padding-free batches bring both
-        close(logits(model, ids, position_ids=positions, use_cache=False, **more), expected)
+    passes = [
+        {"use_cache": False},
+        {"use_cache": False, **flash},
+    ]  # padding-free batches bring both
+    if p > 1:  # the backbone makes a cache where it is not told, and mixes them
+        passes += [{}, flash]
+    for inputs in passes:
+        close(logits(model, ids, position_ids=positions, **inputs), expected)
+
+
+@torch.no_grad()
+def test_a_packed_row_through_a_compiled_graph():
+    torch._dynamo.reset()
+    model = stream_model("llama")
+    parts = [token_ids(1, length, seed=length) for length in (1, 9, 4)]
+    ids, positions, _ = packed(parts)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    expected = torch.cat([logits(model, part) for part in parts], dim=1)
+    close(compiled(ids, position_ids=positions, use_cache=False).logits, expected)
+    close(logits(model, ids, position_ids=positions), expected)
+
+
+@torch.no_grad()
+def test_packed_rows_that_would_mix_are_refused_before_any_compute():
+    model = stream_model("llama")
+    calls = counted(model)
+    ids, positions, flash = packed([token_ids(1, 4), token_ids(1, 3)])
+    cache = "where there is a cache. Pass use_cache=False"
+    for inputs, message in (
+        ({"position_ids": positions, "use_cache": True}, cache),
+        ({"position_ids": positions, "past_key_values": DynamicCache()}, cache),
+        (flash, "got cu_seq_lens_q with no position_ids"),
+        (
+            {**flash, "position_ids": positions, "attention_mask": torch.ones_like(ids)},
+            "got cu_seq_lens_q with an attention_mask",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model(ids, **inputs)
+    assert calls == []
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("model_type", ["lfm2", "falcon", "opt", "deepseek_v4"])
+def test_packed_rows_are_refused_where_the_backbone_itself_mixes_them(model_type):
+    """Whether it does is found out by running it: by its states, its mask, its compression."""
+    model = family_streams(family_model(model_type)).train()
+    parts = [token_ids(1, 9) % 128, token_ids(1, 7, seed=4) % 128]
+    ids, positions, _ = packed(parts)
+    with pytest.raises(ValueError, match=r"see each other.*Give each sequence a row of its own"):
+        model(ids, position_ids=positions, use_cache=False)
+    assert all(module.training for module in model.modules())
+    bare = family_model(model_type)
+    row = logits(bare, ids, position_ids=positions, use_cache=False)
+    assert (row - torch.cat([logits(bare, x) for x in parts], dim=1)).abs().max() > 0.1
 
 
 def test_gradients_of_a_packed_row_are_those_of_its_sequences():
@@ -211,7 +338,6 @@ def test_a_4d_mask_over_a_warm_cache(attention, p):
     model = stream_model(tiny_model("llama", attn_implementation=attention))
     set_p(model, p)
     root, left, right = token_ids(1, 6), token_ids(1, 3, seed=2), token_ids(1, 3, seed=3)
-    cache = model(root, use_cache=True).past_key_values
     visible = torch.zeros(1, 1, 6, 12, dtype=torch.bool)
     visible[..., :6] = True
     for start in (0, 3):
@@ -219,9 +345,16 @@ def test_a_4d_mask_over_a_warm_cache(attention, p):
     mask = torch.zeros(visible.shape).masked_fill(~visible, torch.finfo(torch.float32).min)
     positions = torch.tensor([[6, 7, 8, 6, 7, 8]])
     branches = torch.cat([left, right], dim=1)
-    actual = model(branches, attention_mask=mask, position_ids=positions, past_key_values=cache)
     expected = [logits(model, torch.cat([root, x], dim=1))[:, 6:] for x in (left, right)]
-    close(actual.logits, torch.cat(expected, dim=1))
+    for given in (mask, visible) if attention == "sdpa" else (mask,):  # eager adds its mask
+        actual = logits(
+            model,
+            branches,
+            attention_mask=given,
+            position_ids=positions,
+            past_key_values=model(root, use_cache=True).past_key_values,
+        )
+        close(actual, torch.cat(expected, dim=1))
 
 
 @torch.no_grad()
@@ -297,6 +430,21 @@ def test_the_balance_of_experts_is_that_of_all_streams(model_type):
 
 
 @torch.no_grad()
+def test_the_decoder_called_directly(model):
+    """Its ends are the backbone's, whether its parts come by name or by number."""
+    set_p(model, 4)
+    decoder, ids = model.get_base_model().get_decoder(), token_ids(2, 5)
+    named = decoder(input_ids=ids, output_hidden_states=True)
+    numbered = decoder(input_ids=ids, output_hidden_states=True, return_dict=False)
+    for last, cache, hidden in (tuple(named.values()), numbered):
+        assert last.shape == (2, 5, model.config.hidden_size)
+        assert type(cache) is DynamicCache
+        assert [x.shape[0] for x in hidden] == [8] * (len(hidden) - 1) + [2]
+        assert torch.equal(hidden[-1], last)
+        close(model.get_output_embeddings()(last), logits(model, ids))
+
+
+@torch.no_grad()
 def test_attentions_see_the_prefix_first():
     model = stream_model(tiny_model("llama", attn_implementation="eager"))
     n = model.peft_config["default"].num_virtual_tokens
@@ -304,6 +452,57 @@ def test_attentions_see_the_prefix_first():
     assert {x.shape for x in attentions} == {(8, 4, 5, n + 5)}
     assert all((x[..., :n] > 0).all() for x in attentions)
     close(attentions[0].sum(dim=-1), torch.ones(8, 4, 5), 1e-5)
+
+
+# --- gradient checkpointing -------------------------------------------------------------------
+
+
+def gradients(model, run, heads=(4,)):
+    """Of a loss over the logits of every head; the backward pass runs outside the choice."""
+    model.zero_grad()
+    with choose_streams(_decoder_streams(model), ActiveStreams("default", 4, heads)):
+        hidden = run(input_ids=token_ids(2, 9), use_cache=False).logits
+    hidden.square().mean().backward()
+    return {
+        name: parameter.grad.clone()
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None
+    }
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("kind", ["rotary", "sliding window", "convolutions", "by hand, rotary"])
+def test_nested_heads_under_gradient_checkpointing(kind, reentrant):
+    model = stream_model(BACKBONES[kind]()).train()
+    expected = gradients(model, model, heads=(2, 4))
+    assert sum(".p2_" in name or ".p4_" in name for name in expected) == 8
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    actual = gradients(model, model, heads=(2, 4))
+    assert actual.keys() == expected.keys()
+    for name in expected:
+        close(actual[name], expected[name], 1e-6)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("whole", [True, False], ids=["one graph", "with breaks"])
+def test_gradient_checkpointing_under_compile(whole, reentrant):
+    """Compiled first and run as it is first: both find the streams when they recompute."""
+    model = stream_model(tiny_model("llama", num_hidden_layers=1)).train()
+    expected = gradients(model, model)
+    for first in ("compiled", "as it is"):
+        twin = copy.deepcopy(model)
+        twin.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        # The hook that PEFT's models need for it to be reentrant breaks graphs.
+        base = twin.get_base_model()
+        base.disable_input_require_grads() if whole else base.enable_input_require_grads()
+        if first == "as it is":
+            gradients(twin, twin)
+        torch._dynamo.reset()
+        actual = gradients(twin, torch.compile(twin, fullgraph=whole, backend="aot_eager"))
+        assert actual.keys() == expected.keys()
+        for name in expected:
+            close(actual[name], expected[name], 1e-6)
 
 
 # --- compilation ------------------------------------------------------------------------------
@@ -324,7 +523,22 @@ def test_one_compiled_graph_for_every_length(kind):
             close(actual, logits(model, ids, use_cache=False, **inputs))
 
 
-@pytest.mark.parametrize("kind", ["rotary", "absolute positions", "sliding window"])
+@torch.no_grad()
+@pytest.mark.parametrize("where", ["embed_tokens", "layers.1"])
+def test_a_break_in_the_compiled_graph_loses_no_stream(where, p):
+    torch._dynamo.reset()
+    model = stream_model(tiny_model("llama"))
+    set_p(model, p)
+    ids = token_ids(2, 9)
+    expected = logits(model, ids)
+    module = model.get_base_model().get_decoder().get_submodule(where)
+    module.register_forward_hook(lambda *_: torch._dynamo.graph_break())
+    close(torch.compile(model, backend="eager")(ids).logits, expected)
+
+
+@pytest.mark.parametrize(
+    "kind", ["rotary", "absolute positions", "sliding window", "by hand, rotary"]
+)
 def test_compiled_generation_with_a_static_cache(kind, p, monkeypatch):
     """As transformers itself compiles it on a GPU; the first token is not compiled there either."""
     torch._dynamo.reset()
@@ -371,6 +585,7 @@ def test_paged_batching_is_refused_but_for_the_backbone():
     for start in (
         lambda: model.generate_batch(inputs=[[5, 6, 7]], max_new_tokens=2),
         lambda: model.get_base_model().init_continuous_batching(),
+        lambda: generate(model, token_ids(1, 4), cache_implementation="paged"),
     ):
         with pytest.raises(ValueError, match=r"paged continuous batching \(generate_batch\)"):
             start()
@@ -386,6 +601,8 @@ def test_adapter_names_are_refused_before_any_compute(call):
     calls = counted(model)
     with pytest.raises(ValueError, match="takes no adapter_names"):
         getattr(model, call)(input_ids=token_ids(2, 4), adapter_names=["default"] * 2)
+    with pytest.raises(ValueError, match="adapter_names"):  # generate knows no such argument
+        getattr(model.get_base_model(), call)(token_ids(2, 4), adapter_names=["default"] * 2)
     assert calls == []
 
 

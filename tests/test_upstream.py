@@ -124,6 +124,13 @@ def test_a_sharded_checkpoint_is_the_same(checkpoint, tmp_path):
     assert available_p(load(again)) == [1, 2]
 
 
+def test_a_single_shard_with_an_index(checkpoint, tmp_path):
+    one_shard(checkpoint)
+    folder = import_checkpoint(checkpoint, tmp_path / "adapter")
+    assert (folder / "backbone" / "model-00001-of-00001.safetensors").is_file()
+    assert available_p(load(folder)) == [2]
+
+
 def test_half_precision_and_the_tokenizer(checkpoint, tmp_path):
     change_weights(
         checkpoint, lambda state: state.update({k: t.bfloat16() for k, t in state.items()})
@@ -283,6 +290,25 @@ def truncate_shard(folder):
     path.write_bytes(path.read_bytes()[:-4])
 
 
+def one_shard(folder):
+    shard(folder, parts=1)
+
+
+def wrong_backbone_shape(folder):
+    change_weights(folder, lambda state: state.update({"model.norm.weight": torch.zeros(7)}))
+
+
+def more_than_a_qwen2(folder):
+    name = "model.layers.0.self_attn.q_norm.weight"
+    change_weights(folder, lambda state: state.update({name: torch.zeros(16)}))
+
+
+def shard_elsewhere(folder):
+    shard(folder)
+    index = folder / "model.safetensors.index.json"
+    index.write_text(index.read_text().replace("model-00001", "../model-00001"))
+
+
 def remove_shard(folder):
     shard(folder)
     (folder / "model-00003-of-00003.safetensors").unlink()
@@ -355,6 +381,20 @@ REFUSED = {
     "NaN in a prefix": (
         poison("model.layers.1.self_attn.prefix_k"),
         "model.safetensors: tensor model.layers.1.self_attn.prefix_k has values that are not",
+    ),
+    "backbone of another shape": (
+        wrong_backbone_shape,
+        r"model.norm.weight has shape \(7,\), and by config.json it is \(64,\)",
+    ),
+    "more than a Qwen2": (more_than_a_qwen2, r"q_norm.weight, which a Qwen2 .* does not have"),
+    "shard elsewhere": (shard_elsewhere, r"names the shard '../model-00001.*plain file names"),
+    "smoothing as text": (
+        lambda f: change_config(f, parscale_attn_smooth="0.1"),
+        "parscale_attn_smooth = '0.1'; it is a number",
+    ),
+    "heads as text": (
+        lambda f: change_config(f, num_attention_heads="4"),
+        "cannot be read as a Qwen2 model's: .*num_attention_heads",
     ),
     "NaN in the backbone": (poison("model.norm.weight"), "tensor model.norm.weight has values"),
     "missing prefix": (remove_prefix, "holds 9 prefix and aggregator tensors; 3 layers have 10"),

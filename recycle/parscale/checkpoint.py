@@ -5,13 +5,20 @@ import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    StrictDataclassError,
+)
 from safetensors import SafetensorError
+from transformers import Qwen2Config
 
 from .layout import first_of
 from .source import INDEX, SINGLE, SourceError, SourceFiles, read_config, source_files
@@ -55,6 +62,18 @@ class Checkpoint:
         wrong = {key: config[key] for key in required if type(config[key]) is not int}
         if wrong:
             raise CheckpointError(f"{files.config} must hold whole numbers, got {wrong}.")
+        smoothing = config.get("parscale_attn_smooth", 0.01)
+        if type(smoothing) not in (int, float):
+            raise CheckpointError(
+                f"{files.config} has parscale_attn_smooth = {smoothing!r}; it is a number."
+            )
+        try:
+            Qwen2Config.from_dict(deepcopy(config))
+        except (StrictDataclassError, TypeError, ValueError, AttributeError) as error:
+            reason = " ".join(str(error).split())
+            raise CheckpointError(
+                f"{files.config} cannot be read as a Qwen2 model's: {reason}. Fetch it again."
+            ) from None
         if config["parscale_n"] < 1:
             raise CheckpointError(
                 f"{files.config} has parscale_n = {config['parscale_n']}; it is at least 1."
@@ -111,6 +130,11 @@ def _check_index(folder: Path) -> None:
             f"{folder / INDEX} is no index of shards ({error}). Fetch it again."
         ) from None
     for file, names in sorted(shards.items()):
+        if Path(file).name != file:
+            raise CheckpointError(
+                f"{folder / INDEX} names the shard {file!r}; shards lie beside it, under plain "
+                "file names."
+            )
         if not (folder / file).is_file():
             raise CheckpointError(
                 f"{folder / file} is missing; by {INDEX} it holds tensor {first_of(names)}. Fetch "

@@ -93,44 +93,31 @@ def intercept(
             return None
         extend, n = found
         kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
-        cache = kwargs.get(cache_argument)
-        kwargs[cache_argument] = PrefixedCache(cache, extend)
+        kwargs[cache_argument] = PrefixedCache(kwargs.get(cache_argument), extend)
         if n:
-            _widen(module, cache, kwargs, n)
+            _widen(module, kwargs, n)
         return (), kwargs
 
     return module.register_forward_pre_hook(before, with_kwargs=True)
 
 
-def _widen(module: nn.Module, cache: Cache | None, kwargs: dict[str, Any], n: int) -> None:
+def _widen(module: nn.Module, kwargs: dict[str, Any], n: int) -> None:
     """Make room for n prefix tokens in the mask and the position bias of a call, in place."""
-    hidden = kwargs["hidden_states"]
-    mask, alibi = kwargs.get("attention_mask"), kwargs.get("alibi")
-    if mask is None and hidden.shape[1] > 1:
-        mask = _causal_mask(hidden, 0 if cache is None else cache.get_seq_length())
-    bias = None
-    heads: Any = module.num_heads if alibi is not None else None
-    if alibi is not None:  # [B*P*heads, 1, K] or [B*P, heads, 1, K]; the prefix is at -n to -1
+    mask: Any = kwargs.get("attention_mask")
+    alibi: Any = kwargs.get("alibi")
+    if alibi is not None:  # [B*P*heads, 1, K] of Bloom, [B*P, heads, 1, K] of Falcon
+        heads: Any = module.num_heads
         bias = _alibi_before_the_text(heads, n, alibi)  # [heads, 1, n]
         rows = bias if alibi.ndim == 4 else bias.repeat(alibi.shape[0] // heads, 1, 1)
         kwargs["alibi"] = torch.cat([rows.expand(*alibi.shape[:-1], n), alibi], dim=-1)
-    if mask is None:
-        return
-    if bias is not None and mask.shape[1] == heads:  # Falcon has its bias in the mask
-        scale: Any = module.inv_norm_factor
-        room = (bias * scale).to(mask).expand(*mask.shape[:-1], n)
-        kwargs["attention_mask"] = torch.cat([room, mask], dim=-1)
-        return
-    visible = 1.0 if mask.dtype == torch.bool else 0.0
-    kwargs["attention_mask"] = F.pad(mask, (n, 0), value=visible)
-
-
-def _causal_mask(hidden: Tensor, seen: int) -> Tensor:
-    """Additive mask `[1, 1, Q, seen + Q]` for hidden states [B*P, Q, D]."""
-    length = hidden.shape[1]
-    lowest = torch.finfo(hidden.dtype).min
-    mask = torch.full((length, seen + length), lowest, dtype=hidden.dtype, device=hidden.device)
-    return mask.triu(seen + 1)[None, None]
+        if alibi.ndim == 4:  # Falcon has it in the mask as well
+            scale: Any = module.inv_norm_factor
+            room = (bias * scale).to(mask).expand(*mask.shape[:-1], n)
+            kwargs["attention_mask"] = torch.cat([room, mask], dim=-1)
+            return
+    if mask is not None:
+        visible = 1.0 if mask.dtype == torch.bool else 0.0
+        kwargs["attention_mask"] = F.pad(mask, (n, 0), value=visible)
 
 
 def _alibi_before_the_text(heads: int, n: int, like: Tensor) -> Tensor:

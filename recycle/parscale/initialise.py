@@ -187,7 +187,7 @@ def start_from_text(
     """Start stream i of an adapter from the keys and values that the backbone computes on text i.
 
     The text is placed at positions -n to -1, so that the text the model reads later still starts at
-    0; backbones with learned absolute positions use 0 to n-1. The aggregator's last layers are set
+    0; backbones that have no positions before 0 use 0 to n-1. The aggregator's last layers are set
     to zero: uniform weights.
 
     Args:

@@ -30,14 +30,41 @@ class ActiveStreams:
     heads: tuple[int, ...]  # one: the P in use; several: every head at once, in nested training
 
 
-class _ForwardState(threading.local):
-    """What the modules of a decoder see of the forward pass they are in; one for each thread."""
+class _Values:
+    """What `_ForwardState` holds in one thread."""
 
-    def __init__(self) -> None:  # runs in every thread; torch.compile guards no class attribute
+    def __init__(self) -> None:
         self.streams: ActiveStreams | None = None
         # What this thread chose, the latest first: a decoder's child and its streams.
         self.choices: tuple[tuple[nn.Module, ActiveStreams | None], ...] = ()
+
+
+class _ForwardState(threading.local):
+    """What the modules of a decoder see of the forward pass they are in; one for each thread.
+
+    What compiled code sets lies one object deeper: torch.compile guards no class attribute, and
+    where a graph breaks it forgets what was set on the `threading.local` itself.
+    """
+
+    def __init__(self) -> None:  # runs in every thread
+        self._values = _Values()
         self.record: Callable[[nn.Module, Tensor, Tensor], None] | None = None
+
+    @property
+    def streams(self) -> ActiveStreams | None:
+        return self._values.streams
+
+    @streams.setter
+    def streams(self, streams: ActiveStreams | None) -> None:
+        self._values.streams = streams
+
+    @property
+    def choices(self) -> tuple[tuple[nn.Module, ActiveStreams | None], ...]:
+        return self._values.choices
+
+    @choices.setter
+    def choices(self, choices: tuple[tuple[nn.Module, ActiveStreams | None], ...]) -> None:
+        self._values.choices = choices
 
 
 forward_state = _ForwardState()

@@ -84,7 +84,7 @@ def upstream_config(raw: dict[str, Any], where: str, dtype: str) -> dict[str, An
         "torch_dtype": raw.get("torch_dtype") or raw.get("dtype") or dtype,
         "transformers_version": VERSION,
     }
-    if raw.get("transformers_version", "").startswith("4."):
+    if str(raw.get("transformers_version")).startswith("4."):
         config["transformers_version"] = raw["transformers_version"]
     return dict(sorted(config.items())) | UPSTREAM
 

@@ -17,6 +17,7 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from .aggregator import Aggregator
 from .cache import StreamCache, check_cache
+from .packing import is_packed, keeps_sequences_apart
 from .prefix import ActiveStreams, StreamLayer, forward_state
 
 STREAMS_CHILD = "streams"
@@ -24,7 +25,12 @@ SUPPORTED_ATTENTION = ("sdpa", "eager")
 
 
 class DecoderStreams(nn.Module, StreamLayer):
-    """Child of the decoder: the aggregators, and the two hooks that put the streams around it."""
+    """Child of the decoder: the aggregators, and the two hooks that put the streams around it.
+
+    Outside, `last_hidden_state`, the last of `hidden_states` and the cache have batch B. What lies
+    between the decoder's ends keeps its streams: the other `hidden_states` and the `attentions`
+    have batch B*P. Router logits count as those of P times as many layers.
+    """
 
     adapter_layer_names = ("parscale_aggregator",)
 
@@ -39,6 +45,7 @@ class DecoderStreams(nn.Module, StreamLayer):
             hasattr(module, "create_position_ids_from_input_ids") for module in decoder.modules()
         )
         self._argument_names = list(inspect.signature(decoder.forward).parameters)
+        self._keeps_sequences_apart: bool | None = None  # not yet known
         self._hooks = [
             decoder.register_forward_pre_hook(self._replicate, with_kwargs=True),
             decoder.register_forward_hook(self._aggregate, with_kwargs=True, always_call=True),
@@ -104,8 +111,16 @@ class DecoderStreams(nn.Module, StreamLayer):
                 f"Streams run with attn_implementation {' or '.join(SUPPORTED_ATTENTION)}, got "
                 f"{implementation!r}. Load the backbone with attn_implementation='sdpa'."
             )
+        if kwargs.get("adapter_names") is not None:  # past PEFT, which would have refused them
+            raise ValueError(
+                "ParScale runs one adapter for the whole batch and takes no adapter_names, got "
+                f"{kwargs['adapter_names']}. Choose one with recycle.set_p(model, p)."
+            )
         text = kwargs.get("input_ids")
         text = kwargs["inputs_embeds"] if text is None else text
+        if is_packed(kwargs):
+            self._check_packing(decoder, text.device)
+            kwargs["use_cache"] = False
         mask = kwargs.get("attention_mask")
         if (
             not self._counts_positions
@@ -124,7 +139,7 @@ class DecoderStreams(nn.Module, StreamLayer):
             cache = DynamicCache(config=decoder.config)
         if cache is not None:
             kwargs["past_key_values"] = StreamCache(cache, streams)
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if torch.is_grad_enabled() and (not torch.compiler.is_compiling() or _checkpoints(decoder)):
             _carry_streams_into_recomputation(decoder)
         forward_state.streams = streams
         return (), kwargs
@@ -143,7 +158,8 @@ class DecoderStreams(nn.Module, StreamLayer):
         # Several heads are stacked along the batch: [|heads|*B, S, D], the first head first.
         merged = torch.cat([aggregator(hidden[:, :p]) for p in streams.heads])
         if isinstance(output, tuple):
-            return merged, *(x.cache if isinstance(x, StreamCache) else x for x in output[1:])
+            last = output[0]
+            return tuple(_outside(part, last, merged) for part in output)
         output.last_hidden_state = merged
         if isinstance(output.get("past_key_values"), StreamCache):
             output.past_key_values = output.past_key_values.cache
@@ -156,6 +172,28 @@ class DecoderStreams(nn.Module, StreamLayer):
                 for part in _by_stream(each, *hidden.shape[:2])
             )
         return output
+
+    def _check_packing(self, decoder: PreTrainedModel, device: torch.device) -> None:
+        if self._keeps_sequences_apart is None:
+            with choose_streams(self, None):
+                self._keeps_sequences_apart = keeps_sequences_apart(decoder, device)
+        if not self._keeps_sequences_apart:
+            raise ValueError(
+                f"{type(decoder).__name__} lets sequences that are packed into one row see each "
+                "other, whatever their position_ids: its mask does not heed them, or its layers "
+                "carry states along the row. Give each sequence a row of its own, with padding."
+            )
+
+
+def _outside(part: Any, last: Tensor, merged: Tensor) -> Any:
+    """What the decoder's caller gets for one part of its output, where that is a tuple."""
+    if part is last:
+        return merged
+    if isinstance(part, StreamCache):
+        return part.cache
+    if isinstance(part, tuple) and part and part[-1] is last:  # hidden states
+        return *part[:-1], merged
+    return part
 
 
 def _by_stream(router_logits: Tensor, batch: int, p: int) -> Iterator[Tensor]:
@@ -200,6 +238,8 @@ class _CheckpointWithStreams:
         self.checkpoint = checkpoint
 
     def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():  # the recomputation is part of the graph
+            return self.checkpoint(function, *args, **kwargs)
         streams = forward_state.streams
 
         def run(*inputs: Any) -> Any:

@@ -10,8 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
-from transformers import Qwen2Config
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from .checkpoint import Checkpoint, check_new, model_files, model_tensors, new_folder
 from .config import ParScaleConfig
@@ -34,7 +35,7 @@ from .layout import (
     to_ours,
 )
 from .qwen2 import upstream_config
-from .source import INDEX, read_config
+from .source import INDEX, SINGLE, read_config
 from .tensors import CheckpointError, Stored, difference, write_tensors
 
 __all__ = [
@@ -163,6 +164,20 @@ def _check_names(checkpoint: Checkpoint) -> None:
             f"{checkpoint.folder} lacks tensor {first_of(missing)}: no file of it ({files}) holds "
             "what a Qwen2 model of its config.json has. Fetch the checkpoint again."
         )
+    with torch.device("meta"):
+        plain = Qwen2ForCausalLM(Qwen2Config.from_dict(deepcopy(config)))
+    shapes = {name: tuple(tensor.shape) for name, tensor in plain.state_dict().items()}
+    for name, tensor in held.items():
+        if name in shapes and tensor.shape != shapes[name]:
+            raise CheckpointError(
+                f"{tensor.file}: tensor {name} has shape {tensor.shape}, and by config.json it is "
+                f"{shapes[name]}. Fetch the checkpoint again."
+            )
+        if name not in shapes and name not in new and not name.endswith("rotary_emb.inv_freq"):
+            raise CheckpointError(
+                f"{tensor.file} holds tensor {name}, which a Qwen2 model of its config.json does "
+                "not have. Fetch the checkpoint again."
+            )
 
 
 def _adapter(checkpoint: Checkpoint) -> tuple[ParScaleConfig, dict[str, Tensor]]:
@@ -204,7 +219,7 @@ def write_backbone(checkpoint: Checkpoint, folder: Path) -> None:
         if kept:
             size += write_tensors(folder / file.name, kept)
             weight_map |= dict.fromkeys(kept, file.name)
-    if len(by_file) > 1:
+    if {file.name for file in by_file} != {SINGLE}:
         index = {"metadata": {"total_size": size}, "weight_map": weight_map}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
     config = {

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from recycle.parscale import ParScaleConfig, set_p
+from recycle.parscale.initialise import find_decoder
 from tests.families.configs import PAD_ID, VOCAB_SIZE
 
 NUM_VIRTUAL_TOKENS = 3
@@ -209,6 +210,42 @@ def check_text_start(build: Callable[[], PreTrainedModel]) -> None:
     ).logits[:, NUM_VIRTUAL_TOKENS:]
     config = stream_config(num_streams=1, init="text", start_token_ids=text)
     close(get_peft_model(build(), config)(input_ids=ids, use_cache=False).logits, expected)
+
+
+@torch.no_grad()
+def check_start_is_of_the_text(build: Callable[[], PreTrainedModel]) -> None:
+    """A stream starts from the values, and where nothing rotates the keys, that a cache holds."""
+    text = token_ids(1, NUM_VIRTUAL_TOKENS, seed=7)
+    backbone = build()
+    cache = DynamicCache(config=find_decoder(backbone).config)
+    backbone(input_ids=text, past_key_values=cache, use_cache=True)
+    filled = [layer for layer in cache.layers if getattr(layer, "values", None) is not None]
+    config = stream_config(num_streams=1, init="text", start_token_ids=text)
+    state = dict(get_peft_model(build(), config).named_parameters())
+    rotary = getattr(find_decoder(backbone).config, "rope_parameters", None) is not None
+    for kind in ("values",) if rotary else ("values", "keys"):
+        prefixes = [tensor for name, tensor in state.items() if f"parscale_{kind}" in name]
+        for prefix, layer in zip(prefixes, filled, strict=True):
+            cached = getattr(layer, kind)
+            if cached.shape == prefix.shape:
+                close(prefix, cached)
+            elif (
+                prefix.std() < 0.1
+            ):  # latent attention caches something else; a random start is 0.02
+                raise CheckError("the start is none of the text's")
+
+
+@torch.no_grad()
+def check_packing(model: nn.Module) -> None:
+    """Sequences in one row, told apart by their positions, do not see each other."""
+    parts = [token_ids(1, length, seed=length) for length in (6, 5)]
+    positions = torch.cat([torch.arange(6), torch.arange(5)])[None]
+    row = forward(model, torch.cat(parts, dim=1), position_ids=positions).logits
+    alone = [
+        forward(model, part, position_ids=torch.arange(part.shape[1])[None]).logits
+        for part in parts
+    ]
+    close(row, torch.cat(alone, dim=1))
 
 
 @torch.no_grad()

@@ -17,8 +17,10 @@ from tests.families.checks import (
     check_cache,
     check_disabled,
     check_gradients,
+    check_packing,
     check_padding,
     check_saved,
+    check_start_is_of_the_text,
     check_static_cache,
     check_text_start,
     check_warm_cache,
@@ -40,6 +42,11 @@ NO_START = "refused: only init=random"
 # Types with a bias in attention, by distance or by values, that a prefix has none of.
 BIASED = {"doge", "inkling2_text", "inkling_text"}
 
+# Not every backbone can do these, and what is said where it cannot.
+OPTIONAL: dict[str, tuple[Callable[[nn.Module], None], str]] = {
+    "warm cache": (check_warm_cache, "only token by token, in the backbone as well"),
+    "packing": (check_packing, "no, nor in the backbone"),
+}
 # Run on the bare backbone as well: what it does wrong itself says nothing about its streams.
 SHARED: dict[str, Callable[[nn.Module], None]] = {
     "cache": check_cache,
@@ -85,11 +92,11 @@ def examine(model_type: str) -> Verdict:
         return Verdict(BROKEN, f"{name}: {wrong[name]}", wrong)
 
     checks = {name: _outcome(check, stream_model(build())) for name, check in SHARED.items()}
-    warm = _outcome(check_warm_cache, build())
-    if warm == PASSED:
-        checks["warm cache"] = _outcome(check_warm_cache, stream_model(build()))
-    else:
-        absent["warm cache"] = f"only token by token, in the backbone as well ({warm})"
+    for name, (check, without) in OPTIONAL.items():
+        if _outcome(check, build()) == PASSED:
+            checks[name] = _outcome(check, stream_model(build()))
+        else:
+            absent[name] = without
     if "attention" in bare:
         checks["attention"] = _outcome(_check_attention, build, stream_model)
     checks["P = 1"] = _outcome(check_disabled, stream_model(build()), backbone)
@@ -108,17 +115,23 @@ def _text_start(
 ) -> str:
     """Whether a start from a text is the backbone conditioned on it; if not, why it cannot be."""
     outcome = _outcome(check_text_start, build)
-    decoder = find_decoder(backbone)
-    layers = DynamicCache(config=decoder.config).layers
     if outcome == PASSED:
         return PASSED
     if outcome.startswith(UnsupportedModelError.__name__):
         return NO_START
+    taken = _outcome(check_start_is_of_the_text, build)
+    if not outcome.startswith("CheckError: logits differ") or taken != PASSED:
+        return f"{outcome}; {taken}"
+    decoder = find_decoder(backbone)
+    layers = DynamicCache(config=decoder.config).layers
     if any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in layers):
         return RECURRENT
-    if getattr(decoder.config, "rope_parameters", None) is None:
+    if model_type in BIASED:
+        return BIAS
+    alibi = getattr(decoder.config, "alibi", False) or model_type == "bloom"
+    if getattr(decoder.config, "rope_parameters", None) is None and not alibi:
         return ABSOLUTE
-    return BIAS if model_type in BIASED else outcome
+    return outcome
 
 
 def _check_attention(
