@@ -66,7 +66,8 @@ def counted(model):
 @torch.no_grad()
 @pytest.mark.parametrize("kind", BACKBONES)
 def test_one_stream_is_the_backbone_bit_for_bit_on_every_path(kind):
-    bare, model = BACKBONES[kind](), stream_model(BACKBONES[kind]())
+    # Frozen as the other one is: by that torch chooses how it multiplies a part of a tensor.
+    bare, model = BACKBONES[kind]().requires_grad_(False), stream_model(BACKBONES[kind]())
     logits(model, token_ids(2, 12))  # with streams, whose hooks stay
     set_p(model, 1)
     ids, mask = token_ids(2, 12), torch.ones(2, 12, dtype=torch.long)
@@ -485,7 +486,13 @@ def test_nested_heads_under_gradient_checkpointing(kind, reentrant):
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("whole", [True, False], ids=["one graph", "with breaks"])
+@pytest.mark.parametrize(
+    "whole",
+    [
+        pytest.param(True, id="one graph"),
+        pytest.param(False, id="with breaks", marks=pytest.mark.slow),
+    ],
+)
 def test_gradient_checkpointing_under_compile(whole, reentrant):
     """Compiled first and run as it is first: both find the streams when they recompute."""
     model = stream_model(tiny_model("llama", num_hidden_layers=1)).train()
@@ -496,6 +503,9 @@ def test_gradient_checkpointing_under_compile(whole, reentrant):
         # The hook that PEFT's models need for it to be reentrant breaks graphs.
         base = twin.get_base_model()
         base.disable_input_require_grads() if whole else base.enable_input_require_grads()
+        if not whole:
+            attention = base.get_decoder().layers[0].self_attn
+            attention.register_forward_hook(lambda *_: torch._dynamo.graph_break())
         if first == "as it is":
             gradients(twin, twin)
         torch._dynamo.reset()
@@ -524,11 +534,10 @@ def test_one_compiled_graph_for_every_length(kind):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("where", ["embed_tokens", "layers.1"])
-def test_a_break_in_the_compiled_graph_loses_no_stream(where, p):
+@pytest.mark.parametrize("where", ["embed_tokens", "layers.0.self_attn"])
+def test_a_break_in_the_compiled_graph_loses_no_stream(where):
     torch._dynamo.reset()
-    model = stream_model(tiny_model("llama"))
-    set_p(model, p)
+    model = stream_model(tiny_model("llama", num_hidden_layers=1))
     ids = token_ids(2, 9)
     expected = logits(model, ids)
     module = model.get_base_model().get_decoder().get_submodule(where)

@@ -238,11 +238,11 @@ class _CheckpointWithStreams:
         self.checkpoint = checkpoint
 
     def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():  # the recomputation is part of the graph
-            return self.checkpoint(function, *args, **kwargs)
         streams = forward_state.streams
 
         def run(*inputs: Any) -> Any:
+            if forward_state.streams == streams:  # no recomputation; in a graph nothing may be set
+                return function(*inputs)
             previous, forward_state.streams = forward_state.streams, streams
             try:
                 return function(*inputs)

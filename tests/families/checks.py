@@ -229,9 +229,8 @@ def check_start_is_of_the_text(build: Callable[[], PreTrainedModel]) -> None:
             cached = getattr(layer, kind)
             if cached.shape == prefix.shape:
                 close(prefix, cached)
-            elif (
-                prefix.std() < 0.1
-            ):  # latent attention caches something else; a random start is 0.02
+            # Else the cache holds a latent of them. A random start has a deviation of 0.02.
+            elif prefix.std() < 0.1:
                 raise CheckError("the start is none of the text's")
 
 
