@@ -1,16 +1,16 @@
 """recycle: turn the language model you already have into a stronger one.
 
 The public API, loaded on first use so that importing `recycle` loads no torch: `load`, `set_p`,
-`get_p`, `available_p`.
+`use_p`, `get_p`, `available_p`, `shrink_cache`.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .parscale import available_p, get_p, load, set_p
+    from .family import available_p, get_p, load, set_p, shrink_cache, use_p
 
-__all__ = ["__version__", "available_p", "get_p", "load", "set_p"]
+__all__ = ["__version__", "available_p", "get_p", "load", "set_p", "shrink_cache", "use_p"]
 __version__ = "0.1.0"
 
 
@@ -20,5 +20,5 @@ def __dir__() -> list[str]:
 
 def __getattr__(name: str) -> Any:
     if name in __all__:
-        return getattr(import_module("recycle.parscale"), name)
+        return getattr(import_module("recycle.family"), name)
     raise AttributeError(f"module 'recycle' has no attribute {name!r}")

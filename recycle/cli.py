@@ -56,7 +56,7 @@ Run = Annotated[
 
 def _version(wanted: bool) -> None:
     if wanted:
-        from recycle import __version__
+        from . import __version__
 
         print(f"recycle {__version__}")
         raise typer.Exit
@@ -136,7 +136,7 @@ def generate(
 ) -> None:
     """Generate text greedily with a finished run."""
     _quiet_libraries()
-    from .generate import generate_text
+    from .decode.text import generate_text
 
     text = sys.stdin.read() if prompt == "-" else prompt
     generate_text(source, text, p, max_new_tokens, chat)
@@ -160,7 +160,7 @@ def import_(
     A checkpoint of one stream has no adapter in it: it becomes a plain Qwen2 model.
     """
     _quiet_libraries()
-    from .parscale.upstream import import_checkpoint
+    from .upstream.importer import import_checkpoint
 
     folder = import_checkpoint(checkpoint, out, backbone=backbone, backbone_out=backbone_out)
     one_stream = f"{checkpoint} has one stream (parscale_n = 1), so no prefix and no adapter"
@@ -187,7 +187,7 @@ def export(
 ) -> None:
     """Write a checkpoint that the code of QwenLM/ParScale loads: the inverse of import."""
     _quiet_libraries()
-    from .parscale.upstream import export_checkpoint
+    from .upstream.importer import export_checkpoint
 
     folder = export_checkpoint(source, out, p=p, backbone=backbone)
     console.print(

@@ -36,7 +36,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from recycle import results
 from recycle.backbone import load
-from recycle.parscale import ParScaleConfig, use_p
+from recycle.family import use_p
+from recycle.parscale import ParScaleConfig
 from recycle.parscale.prefix import PREFIX_CHILD
 from recycle.recipe import Backbone
 
@@ -97,7 +98,7 @@ def main() -> None:
         backbone,
         ParScaleConfig(
             num_streams=streams[-1],
-            heads=streams,
+            p_values=streams,
             num_virtual_tokens=options.virtual_tokens,
             start_token_ids=torch.randint(
                 vocabulary, (streams[-1], options.virtual_tokens)

@@ -42,8 +42,9 @@ from transformers.utils import logging
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from recycle.parscale import ParScaleConfig, load, set_p, use_p
-from recycle.parscale.upstream import import_checkpoint
+from recycle.family import load, set_p, use_p
+from recycle.parscale import ParScaleConfig
+from recycle.upstream.importer import import_checkpoint
 
 GOLDEN = Path(__file__).resolve().parents[1] / "tests" / "golden"
 STREAMS = [2, 4, 8]
@@ -203,7 +204,7 @@ def add_streams(model: PreTrainedModel, streams: list[int]) -> PeftModelForCausa
     starts = token_ids(model, streams[-1], 16)
     config = ParScaleConfig(
         num_streams=streams[-1],
-        heads=streams,
+        p_values=streams,
         num_virtual_tokens=starts.shape[1],
         start_token_ids=starts.tolist(),
     )

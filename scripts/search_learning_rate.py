@@ -42,7 +42,7 @@ def main() -> None:
     try:
         recipe = resolve(options.target, overrides).recipe
         device = device_of(recipe)
-        model, tokenizer, _ = backbones.load(with_dtype(recipe.backbone, device), device)
+        model, tokenizer, _ = backbones.load_backbone(with_dtype(recipe.backbone, device), device)
         splits = prepare_data(recipe, tokenizer)
     except ValueError as error:
         sys.exit(str(error))

@@ -18,11 +18,11 @@ def token_ids(*shape: int, seed: int = 1) -> Tensor:
     return torch.randint(3, VOCAB_SIZE, shape, generator=torch.Generator().manual_seed(seed))
 
 
-def stream_config(heads: tuple[int, ...] = (2, 4), **fields: Any) -> ParScaleConfig:
+def stream_config(p_values: tuple[int, ...] = (2, 4), **fields: Any) -> ParScaleConfig:
     """A nested config with text starts of random tokens."""
     n = fields.setdefault("num_virtual_tokens", NUM_VIRTUAL_TOKENS)
-    fields.setdefault("start_token_ids", token_ids(heads[-1], n, seed=7).tolist())
-    return ParScaleConfig(num_streams=heads[-1], heads=list(heads), **fields)
+    fields.setdefault("start_token_ids", token_ids(p_values[-1], n, seed=7).tolist())
+    return ParScaleConfig(num_streams=p_values[-1], p_values=list(p_values), **fields)
 
 
 @torch.no_grad()
@@ -38,13 +38,13 @@ def scramble(model: nn.Module, seed: int = 3) -> None:
 
 def stream_model(
     backbone: PreTrainedModel | str = "qwen2",
-    heads: tuple[int, ...] = (2, 4),
+    p_values: tuple[int, ...] = (2, 4),
     adapter_name: str = "default",
     **fields: Any,
 ) -> PeftModelForCausalLM:
     """A tiny model in eval mode with one adapter, moved away from its start."""
     model = tiny_model(backbone) if isinstance(backbone, str) else backbone
-    peft_model = get_peft_model(model, stream_config(heads, **fields), adapter_name=adapter_name)
+    peft_model = get_peft_model(model, stream_config(p_values, **fields), adapter_name=adapter_name)
     scramble(peft_model)
     return peft_model.eval()
 

@@ -10,8 +10,8 @@ import torch
 from transformers import AutoTokenizer
 
 import recycle
-from recycle.parscale.family import save_family
-from recycle.parscale.fingerprint import fingerprint
+from recycle.backbone.fingerprint import fingerprint
+from recycle.family.adapters import save_family
 from tests.adapters import stream_model
 from tests.tiny import tiny_model
 

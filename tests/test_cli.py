@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from recycle import __version__, cli, results
-from recycle.parscale.folder import FAMILY_FILE
+from recycle.family.folder import FAMILY_FILE
 from tests.runs import assert_refused, contents, environment, write_recipe
 from tests.runs import recycle as run_command
 

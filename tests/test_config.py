@@ -11,20 +11,20 @@ from recycle.parscale import ParScaleConfig
 
 def test_defaults_are_those_of_the_paper():
     config = ParScaleConfig()
-    assert (config.num_streams, config.heads, config.num_virtual_tokens) == (4, [4], 48)
+    assert (config.num_streams, config.p_values, config.num_virtual_tokens) == (4, [4], 48)
     assert (config.smoothing, config.init, config.task_type) == (0.1, "text", "CAUSAL_LM")
     assert config.peft_type == PeftType("PARSCALE")
     assert not config.is_prompt_learning
 
 
 def test_heads_are_sorted():
-    assert ParScaleConfig(num_streams=8, heads=[8, 2, 4]).heads == [2, 4, 8]
+    assert ParScaleConfig(num_streams=8, p_values=[8, 2, 4]).p_values == [2, 4, 8]
 
 
 def test_saved_and_read_again_it_is_equal(tmp_path):
     config = ParScaleConfig(
         num_streams=4,
-        heads=[2, 4],
+        p_values=[2, 4],
         num_virtual_tokens=3,
         start_token_ids=[[1, 2, 3]] * 4,
         attention_shapes={"model.layers.0.self_attn": [2, 16, 16]},
@@ -44,11 +44,14 @@ def test_saved_and_read_again_it_is_equal(tmp_path):
     [
         ({"num_streams": 0}, "at least 1, got 0 and 48"),
         ({"num_virtual_tokens": 0}, "at least 1, got 4 and 0"),
-        ({"num_streams": 4, "heads": [2, 8]}, r"got heads=\[2, 8\] and num_streams=4"),
-        ({"num_streams": 4, "heads": [2]}, r"got heads=\[2\] and num_streams=4"),
-        ({"num_streams": 4, "heads": [4, 4]}, r"heads are distinct"),
-        ({"num_streams": 4, "heads": [1, 4]}, r"at least 2, got \[1, 4\]. P = 1 is the backbone"),
-        ({"num_streams": 4, "heads": [-2, 4]}, r"at least 2, got \[-2, 4\]"),
+        ({"num_streams": 4, "p_values": [2, 8]}, r"got p_values=\[2, 8\] and num_streams=4"),
+        ({"num_streams": 4, "p_values": [2]}, r"got p_values=\[2\] and num_streams=4"),
+        ({"num_streams": 4, "p_values": [4, 4]}, r"p_values are distinct"),
+        (
+            {"num_streams": 4, "p_values": [1, 4]},
+            r"at least 2, got \[1, 4\]. P = 1 is",
+        ),
+        ({"num_streams": 4, "p_values": [-2, 4]}, r"at least 2, got \[-2, 4\]"),
         ({"smoothing": 1.0}, r"\[0, 1\), got 1.0"),
         ({"smoothing": -0.1}, r"\[0, 1\), got -0.1"),
         ({"init": "zeros"}, "'text' or 'random', got 'zeros'"),

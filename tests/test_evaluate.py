@@ -8,7 +8,7 @@ from peft import get_peft_model
 from torch.nn import functional as F
 
 from recycle.data import Document
-from recycle.evaluate import (
+from recycle.evaluate.losses import (
     REPEATS,
     Contender,
     contenders,
@@ -16,8 +16,8 @@ from recycle.evaluate import (
     kv_bytes_per_token,
     passes,
     speeds,
-    streams_of,
 )
+from recycle.parscale.initialise import streams_of
 from recycle.parscale.prefix import ActiveStreams
 from recycle.parscale.streams import choose_streams
 from tests.adapters import scramble, stream_config, token_ids
@@ -28,8 +28,8 @@ def family(nested: bool, backbone: str = "qwen2") -> Any:
     """A scrambled family of P = 2, 4 with a control."""
     configs = {"nested": (2, 4)} if nested else {"p2": (2,), "p4": (4,)}
     model: Any = tiny_model(backbone)
-    for name, heads in {**configs, "control": (1,)}.items():
-        config = stream_config(heads)
+    for name, p_values in {**configs, "control": (1,)}.items():
+        config = stream_config(p_values)
         if hasattr(model, "add_adapter") and hasattr(model, "peft_config"):
             model.add_adapter(name, config)
         else:

@@ -16,12 +16,13 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import recycle
-from recycle.parscale import FamilyError, export
-from recycle.parscale.family import member_state, save_family
-from recycle.parscale.fingerprint import fingerprint
-from recycle.parscale.qwen2 import upstream_config
-from recycle.parscale.tensors import write_tensors
-from recycle.parscale.upstream import CheckpointError, export_checkpoint, import_checkpoint
+from recycle.backbone.fingerprint import fingerprint
+from recycle.family import FamilyError
+from recycle.family.adapters import member_state, save_family
+from recycle.upstream import exporter as export
+from recycle.upstream.importer import CheckpointError, export_checkpoint, import_checkpoint
+from recycle.upstream.qwen2 import upstream_config
+from recycle.upstream.tensors import write_tensors
 from tests.adapters import logits, scramble, stream_config, stream_model, token_ids
 from tests.hub import Hub, hub_environment
 from tests.runs import contents, environment
@@ -58,10 +59,10 @@ BACKBONES = {
 }
 
 
-def save_run(folder, backbone, dtype="float32", heads=(2, 4), name="nested"):
+def save_run(folder, backbone, dtype="float32", p_values=(2, 4), name="nested"):
     """A run folder of a family on a model's folder, and the model that it was saved from."""
     loaded = AutoModelForCausalLM.from_pretrained(backbone, dtype=dtype)
-    model = stream_model(loaded, heads, adapter_name=name, smoothing=0.2)
+    model = stream_model(loaded, p_values, adapter_name=name, smoothing=0.2)
     folder.mkdir()
     save_family(model, folder, fingerprint(backbone))
     return model
@@ -161,7 +162,7 @@ def test_yarn_as_transformers_4_reads_it(tmp_path):
 
 def test_a_llama_becomes_a_qwen2_with_zero_biases(tmp_path):
     backbone = save_tiny(tmp_path / "backbone", "llama")
-    save_run(tmp_path / "run", backbone, heads=(2,), name="p2")
+    save_run(tmp_path / "run", backbone, p_values=(2,), name="p2")
     theirs = load_file(export_checkpoint(tmp_path / "run", tmp_path / "out") / "model.safetensors")
     ours = load_file(backbone / "model.safetensors")
     assert all(torch.equal(theirs.pop(name), tensor) for name, tensor in ours.items())
@@ -441,7 +442,7 @@ PEAK = """
 import re, sys
 from pathlib import Path
 import recycle.parscale
-from recycle.parscale.upstream import export_checkpoint, import_checkpoint
+from recycle.upstream.importer import export_checkpoint, import_checkpoint
 
 def kilobytes(field):
     return int(re.search(rf"{field}:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
@@ -540,7 +541,7 @@ def test_from_the_hub_and_back(tiny_folder, tmp_path):
     shutil.copytree(GOLDEN / "qwen2-p2", tmp_path / "hub" / "models" / "tiny" / "golden")
     script = """
 import sys
-from recycle.parscale.upstream import export_checkpoint, import_checkpoint
+from recycle.upstream.importer import export_checkpoint, import_checkpoint
 run, out, golden, here = sys.argv[1:]
 export_checkpoint(run, out, p=2, backbone="tiny/model")
 export_checkpoint(import_checkpoint("tiny/golden", here), golden)

@@ -9,7 +9,8 @@ import pytest
 import torch
 from peft import get_peft_model
 
-from recycle.parscale import UnsupportedModelError, set_p
+from recycle.family import set_p
+from recycle.parscale import UnsupportedModelError
 from recycle.parscale.fallback import CACHE_ARGUMENT
 from tests.families.checks import (
     check_cache,
@@ -115,7 +116,7 @@ def test_a_copy_has_prefixes_of_its_own():
 @torch.no_grad()
 def test_bloom_takes_other_p_in_turn():
     model = get_peft_model(
-        family_model("bloom"), stream_config(num_streams=4, heads=[2, 4], init="random")
+        family_model("bloom"), stream_config(num_streams=4, p_values=[2, 4], init="random")
     ).eval()
     outputs = []
     for p in (4, 2, 1, 4):

@@ -10,9 +10,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import recycle
-from recycle.parscale import FamilyError, UnsupportedModelError, available_p, get_p, set_p
-from recycle.parscale.family import Family, load, member_state, save_family
-from recycle.parscale.fingerprint import fingerprint
+from recycle.backbone.fingerprint import fingerprint
+from recycle.family import FamilyError, available_p, get_p, set_p
+from recycle.family.adapters import Family, load, member_state, save_family
+from recycle.parscale import UnsupportedModelError
 from tests.adapters import logits, scramble, stream_config, stream_model, token_ids
 from tests.tiny import save_tiny, tiny_model
 
@@ -30,7 +31,7 @@ def make(backbone, folder, nested=True, seed=3):
     if nested:
         model = stream_model(model, adapter_name="nested")
     else:
-        model = stream_model(model, heads=(2,), adapter_name="p2")
+        model = stream_model(model, p_values=(2,), adapter_name="p2")
         model.add_adapter("p4", stream_config((4,), num_virtual_tokens=3))
     model.add_adapter("control", stream_config((1,)))
     scramble(model, seed)
@@ -123,8 +124,8 @@ def test_the_control_alone(family):
 
 @pytest.mark.parametrize("model_type", ["qwen2", "gpt2"])
 def test_nested_p_2_is_an_adapter_of_the_first_two_streams(model_type):
-    model = stream_model(model_type, heads=(2, 4))
-    small = stream_model(model_type, heads=(2,))
+    model = stream_model(model_type, p_values=(2, 4))
+    small = stream_model(model_type, p_values=(2,))
     state = member_state(model, "default", 2)
     with torch.no_grad():
         for name, parameter in small.named_parameters():
@@ -164,7 +165,7 @@ def test_family_file(family, backbone):
     }
     config = json.loads((folder / "p2" / "adapter_config.json").read_text())
     assert config["num_streams"] == 2
-    assert config["heads"] == [2]
+    assert config["p_values"] == [2]
     assert config["base_model_name_or_path"] == str(backbone)
     assert config["fingerprint"] == fingerprint(backbone).to_dict()
 

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from recycle.parscale.fingerprint import SLICE_BYTES, Fingerprint, differences, fingerprint
-from recycle.parscale.source import INDEX, SINGLE, SourceError
+from recycle.backbone.fingerprint import SLICE_BYTES, Fingerprint, differences, fingerprint
+from recycle.backbone.source import INDEX, SINGLE, SourceError
 from tests.tiny import save_tiny, tiny_model
 
 

@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 
-from recycle.parscale.family import save_family
-from recycle.parscale.fingerprint import fingerprint
+from recycle.backbone.fingerprint import fingerprint
+from recycle.family.adapters import save_family
 from tests.adapters import stream_model
 from tests.hub import TOKEN, Hub, hub_environment
 from tests.tiny import save_tiny, tiny_model
@@ -30,7 +30,7 @@ from recycle import backbone as backbones
 def load(id, revision=None):
     config = SimpleNamespace(id=id, revision=revision, dtype="float32",
                              attn_implementation="sdpa", quantization=None)
-    return backbones.load(config)
+    return backbones.load_backbone(config)
 
 def outcome(id, revision=None):
     try:

@@ -51,7 +51,7 @@ def test_where_a_text_start_would_be_another_function_it_is_refused(model_type, 
     with pytest.raises(UnsupportedModelError, match=reason):
         get_peft_model(backbone, stream_config((2,)))
     assert not any(isinstance(module, StreamLayer) for module in backbone.modules())
-    model = stream_model(backbone, heads=(2,), init="random")
+    model = stream_model(backbone, p_values=(2,), init="random")
     assert not torch.equal(logits(model, IDS), expected)
     with model.disable_adapter():
         assert torch.equal(logits(model, IDS), expected)
@@ -140,7 +140,7 @@ def test_a_start_in_training_mode_has_no_dropout():
 
 @pytest.mark.parametrize("shape", [(3, 6), (2, 5)])
 def test_starts_of_another_shape_are_refused(shape):
-    model = stream_model(heads=(2,))
+    model = stream_model(p_values=(2,))
     with pytest.raises(
         ValueError, match=rf"has 2 streams of 6 tokens, got \({shape[0]}, {shape[1]}\)"
     ):

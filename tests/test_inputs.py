@@ -10,10 +10,11 @@ import pytest
 import torch
 from transformers import CompileConfig, DynamicCache, EncoderDecoderCache, StaticCache
 
-from recycle.parscale import CacheError, set_p, shrink_cache, use_p
+from recycle.family import set_p, use_p
+from recycle.family.switch import _decoder_streams
+from recycle.parscale import CacheError, shrink_cache
 from recycle.parscale.prefix import ActiveStreams
 from recycle.parscale.streams import choose_streams
-from recycle.parscale.switch import _decoder_streams
 from tests.adapters import logits, stream_model, token_ids
 from tests.families.checks import same_tokens
 from tests.families.checks import stream_model as family_streams
@@ -223,7 +224,7 @@ def test_eight_thousand_tokens(model_type):
     length = {"llama": "max_position_embeddings", "gpt2": "n_positions"}[model_type]
     layers = {"llama": "num_hidden_layers", "gpt2": "n_layer"}[model_type]
     backbone = tiny_model(model_type, **{length: 8192, layers: 1})
-    model = stream_model(backbone, heads=(2,))
+    model = stream_model(backbone, p_values=(2,))
     ids = token_ids(1, 8192)
     expected = logits(model, ids, use_cache=False)
     output = model(ids[:, :8000], use_cache=True)
@@ -458,10 +459,10 @@ def test_attentions_see_the_prefix_first():
 # --- gradient checkpointing -------------------------------------------------------------------
 
 
-def gradients(model, run, heads=(4,)):
+def gradients(model, run, p_values=(4,)):
     """Of a loss over the logits of every head; the backward pass runs outside the choice."""
     model.zero_grad()
-    with choose_streams(_decoder_streams(model), ActiveStreams("default", 4, heads)):
+    with choose_streams(_decoder_streams(model), ActiveStreams("default", 4, p_values)):
         hidden = run(input_ids=token_ids(2, 9), use_cache=False).logits
     hidden.square().mean().backward()
     return {
@@ -475,11 +476,11 @@ def gradients(model, run, heads=(4,)):
 @pytest.mark.parametrize("kind", ["rotary", "sliding window", "convolutions", "by hand, rotary"])
 def test_nested_heads_under_gradient_checkpointing(kind, reentrant):
     model = stream_model(BACKBONES[kind]()).train()
-    expected = gradients(model, model, heads=(2, 4))
+    expected = gradients(model, model, p_values=(2, 4))
     assert sum(".p2_" in name or ".p4_" in name for name in expected) == 8
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     model.enable_input_require_grads()
-    actual = gradients(model, model, heads=(2, 4))
+    actual = gradients(model, model, p_values=(2, 4))
     assert actual.keys() == expected.keys()
     for name in expected:
         close(actual[name], expected[name], 1e-6)

@@ -8,13 +8,8 @@ import torch
 from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from recycle.parscale import (
-    ParScaleConfig,
-    UnsupportedModelError,
-    available_p,
-    get_p,
-    set_p,
-)
+from recycle.family import available_p, get_p, set_p
+from recycle.parscale import ParScaleConfig, UnsupportedModelError
 from recycle.parscale.initialise import find_decoder
 from recycle.parscale.prefix import StreamLayer
 from tests.adapters import logits, scramble, stream_config, stream_model, token_ids
@@ -71,7 +66,7 @@ def test_unloaded_backbone_takes_a_new_adapter():
 @pytest.mark.parametrize("p", [2, 4])
 @pytest.mark.parametrize("n", [6, 48])
 def test_number_of_parameters(p, n):
-    model = stream_model("qwen2", heads=(p,), num_virtual_tokens=n)
+    model = stream_model("qwen2", p_values=(p,), num_virtual_tokens=n)
     hidden, layers, kv_heads, head = 64, 2, 2, 16
     expected = 2 * p * kv_heads * n * head * layers
     expected += (p * hidden**2 + hidden) + (hidden * p + p)
@@ -80,7 +75,7 @@ def test_number_of_parameters(p, n):
 
 @pytest.mark.parametrize("model_type", TYPES)
 def test_a_step_moves_every_adapter_parameter_and_no_bit_of_the_backbone(model_type):
-    model = stream_model(model_type, heads=(4,)).train()
+    model = stream_model(model_type, p_values=(4,)).train()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
     model(IDS, labels=IDS).loss.backward()
@@ -215,7 +210,7 @@ def test_a_device_map_and_a_training_copy(tmp_path):
 @pytest.fixture
 def several():
     """A family of independent P with a control, and the logits of each adapter."""
-    model = stream_model(heads=(2,), adapter_name="p2")
+    model = stream_model(p_values=(2,), adapter_name="p2")
     model.add_adapter("p4", stream_config((4,), num_virtual_tokens=3))
     model.add_adapter("control", stream_config((1,)))
     scramble(model, seed=8)
@@ -286,7 +281,7 @@ def test_deleting_an_adapter(several, active):
 
 
 def test_deleting_one_of_two_adapters_of_the_same_p():
-    model = stream_model(heads=(2,), adapter_name="first")
+    model = stream_model(p_values=(2,), adapter_name="first")
     model.add_adapter("second", stream_config((2,)))
     model.set_adapter("second")
     expected = logits(model, IDS)
@@ -297,7 +292,7 @@ def test_deleting_one_of_two_adapters_of_the_same_p():
 
 
 def test_the_active_adapter_is_preferred_where_two_have_the_same_p():
-    model = stream_model(heads=(2,), adapter_name="first")
+    model = stream_model(p_values=(2,), adapter_name="first")
     model.add_adapter("second", stream_config((2,)))
     for name in ("second", "first"):
         model.set_adapter(name)

@@ -23,7 +23,7 @@ from transformers import BitsAndBytesConfig, DynamicCache
 import recycle
 from recycle import backbone as backbones
 from recycle import results
-from recycle.evaluate import streams_of
+from recycle.parscale.initialise import streams_of
 from recycle.parscale.streams import choose_streams
 from recycle.recipe import Backbone, resolve
 from recycle.report import report
@@ -60,7 +60,9 @@ every_precision = pytest.mark.parametrize("name", PRECISIONS)
 
 def load(folder: Path, name: str) -> Any:
     dtype, quantization = PRECISIONS[name]
-    return backbones.load(Backbone(id=str(folder), dtype=dtype, quantization=quantization))[0]
+    return backbones.load_backbone(
+        Backbone(id=str(folder), dtype=dtype, quantization=quantization)
+    )[0]
 
 
 def streamed(folder: Path, name: str) -> Any:
@@ -161,7 +163,7 @@ def test_without_the_switch_nf4_loses_its_gradients(
     no_biases: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What the test before this one guards against, and that training does not pass it over."""
-    for module in ("recycle.backbone.load", "recycle.parscale.model"):
+    for module in ("recycle.parscale.model",):
         room = importlib.import_module(module)
         monkeypatch.setattr(room, "keep_gradients_of_4bit_layers", lambda model: None)
     model, ids = streamed(no_biases, "nf4"), token_ids(2, 24)
@@ -206,7 +208,7 @@ def test_small_gradients_do_not_vanish_in_float16(tiny_folder: Path, tmp_path: P
 def test_gradients_are_those_of_the_weights_as_they_were_rounded(
     quantization: str, tiny_folder: Path
 ) -> None:
-    quantised = backbones.load(
+    quantised = backbones.load_backbone(
         Backbone(id=str(tiny_folder), dtype="float32", quantization=quantization)
     )[0]
     dense = tiny_model()
@@ -408,7 +410,7 @@ def test_what_the_other_precision_measures_is_what_a_user_gets(on_nf4: Path) -> 
     record, _ = again(on_nf4, "backbone.quantization=none", "backbone.dtype=float32")
     model = recycle.load(on_nf4, p=4, dtype=torch.float32)
     texts = Path(record.data.path or "")
-    tokenizer = backbones.load(Backbone(id=record.backbone.id, dtype="float32"))[1]
+    tokenizer = backbones.load_backbone(Backbone(id=record.backbone.id, dtype="float32"))[1]
     for document, loss in zip(record.documents, record.models[3].losses, strict=True):
         ids = torch.tensor([tokenizer((texts / document.name).read_text())["input_ids"][:32]])
         found = F.cross_entropy(logits(model, ids)[0, :-1], ids[0, 1:])
@@ -431,7 +433,7 @@ def test_what_eval_does_not_take(on_nf4: Path, overrides: list[str], words: str)
 def test_a_measurement_that_is_not_finite_is_no_result(
     on_nf4: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("recycle.evaluate._mean_loss", lambda *_: float("nan"))
+    monkeypatch.setattr("recycle.evaluate.losses._mean_loss", lambda *_: float("nan"))
     words = r"loss of backbone, control, P = 2, P = 4 is not finite, with the backbone in float16"
     with pytest.raises(RunError, match=words) as caught:
         again(on_nf4, "backbone.quantization=none", "backbone.dtype=float16")

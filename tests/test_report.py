@@ -78,7 +78,7 @@ def test_the_speed_of_a_nested_family_is_said_to_be_shared_once_under_the_table(
         assert text.count("training they share") == 1
         assert f" |\n\n{shared}\n\nIn nats per token" in text
     nested, control = make_results().training
-    alone = nested.model_copy(update={"name": "p4", "streams": (4,)})
+    alone = nested.model_copy(update={"name": "p4", "p_values": (4,)})
     assert "training they share" not in report(make_results(training=(alone, control)))
 
 
@@ -209,7 +209,7 @@ def test_the_python_of_the_card_compiles_and_loads_the_largest_p() -> None:
 def test_the_card_tells_how_to_load_the_backbone_as_it_was_in_training(quantization: str) -> None:
     from transformers import BitsAndBytesConfig
 
-    from recycle.backbone.load import _quantization_config
+    from recycle.backbone.loading import _quantization_config
     from recycle.recipe import Backbone
 
     trained_on = {"dtype": "float16", "quantization": quantization}

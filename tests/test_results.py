@@ -29,7 +29,7 @@ from recycle.results import (
     ResultsError,
     ScoredDocument,
     Speed,
-    Training,
+    TrainingRecord,
     WallSeconds,
     compare,
     first_table,
@@ -63,7 +63,7 @@ def make_results(losses: dict[str, tuple[float, ...]] | None = None, **changes: 
     measurements = [
         Measurement(
             name=name,
-            streams=int(name.removeprefix("P = ")) if name.startswith("P") else 1,
+            num_streams=int(name.removeprefix("P = ")) if name.startswith("P") else 1,
             losses=values,
             adapter_parameters=0 if name == "backbone" else 1_234_567,
             kv_bytes_per_token=23040,
@@ -105,15 +105,15 @@ def make_results(losses: dict[str, tuple[float, ...]] | None = None, **changes: 
         ),
         "data": DataRecord(source="stdlib", license="PSF-2.0", facts={"packages": ["json"]}),
         "training": (
-            Training(
+            TrainingRecord(
                 name="nested",
-                streams=(2, 4),
+                p_values=(2, 4),
                 curve=curve,
                 stream_tokens_per_second=302.8,
                 train_loss=(LossPoint(step=1, tokens=4096, loss=2.4),),
                 **speeds,
             ),
-            Training(name="control", streams=(1,), curve=control, **speeds),
+            TrainingRecord(name="control", p_values=(1,), curve=control, **speeds),
         ),
         "documents": documents,
         "models": compare(documents, measurements),
@@ -211,7 +211,7 @@ def test_round_trip(tmp_path: Path) -> None:
     write(results, tmp_path / "results.json")
     assert read(tmp_path / "results.json") == results
     content = json.loads((tmp_path / "results.json").read_text())
-    assert content["schema_version"] == 1
+    assert content["schema_version"] == 2
     assert content["date"] == "2026-01-02T03:04:05Z"
     assert content["models"][2]["losses"] == [1.9, 2.9, 3.5]
     assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
@@ -232,7 +232,7 @@ def test_non_finite_losses_are_refused() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"schema_version": 2}, "has schema_version 2; this version of recycle reads 1"),
+        ({"schema_version": 1}, "has schema_version 1; this version of recycle reads 2"),
         ({"schema_version": None}, "has schema_version None"),
         ({"lucky": 1}, "lucky: Extra inputs are not permitted"),
         ({"recipe_identity": "ab"}, "recipe_identity: String should match"),

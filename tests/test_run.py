@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 import recycle
 from recycle import results
 from recycle import train as train_room
-from recycle.parscale.folder import FamilyError
+from recycle.family.folder import FamilyError
 from recycle.recipe import resolve
 from recycle.results import Results
 from recycle.run import RunError, evaluate_again, run
@@ -67,7 +67,7 @@ def test_a_finished_folder(finished: Path) -> None:
     }
     record = results.read(folder / "results.json")
     assert [model.name for model in record.models] == ["backbone", "control", "P = 2", "P = 4"]
-    assert [(t.name, t.streams, t.steps) for t in record.training] == [
+    assert [(t.name, t.p_values, t.steps) for t in record.training] == [
         ("nested", (2, 4), 8),
         ("control", (1,), 8),
     ]
@@ -107,8 +107,8 @@ def test_the_losses_are_those_of_the_loaded_family(finished: Path) -> None:
         if row.name == "control":
             model.set_adapter("control")
         else:
-            recycle.set_p(model, row.streams)
-            assert recycle.get_p(model) == row.streams
+            recycle.set_p(model, row.num_streams)
+            assert recycle.get_p(model) == row.num_streams
         with torch.no_grad():
             logits = model(input_ids=blocks).logits
         losses = torch.nn.functional.cross_entropy(
@@ -278,7 +278,7 @@ def _forbid(*arguments: Any, **options: Any) -> None:
 def test_a_finished_run_is_shown_again(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = finished.parent / "run"
     before = contents(folder)
-    monkeypatch.setattr("recycle.run.backbones.load", _forbid)
+    monkeypatch.setattr("recycle.run.load_backbone", _forbid)
     for overrides in ((), ("logging.steps=5", "launch.device=auto")):
         record, printed = go(finished, *overrides)
         assert record == results.read(folder / "results.json")
@@ -290,7 +290,7 @@ def test_a_finished_run_is_shown_again(finished: Path, monkeypatch: pytest.Monke
 def test_another_recipe_is_refused(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = finished.parent / "run"
     before = contents(folder)
-    monkeypatch.setattr("recycle.run.backbones.load", _forbid)
+    monkeypatch.setattr("recycle.run.load_backbone", _forbid)
     with pytest.raises(RunError) as caught:
         go(finished, "streams=2", "training.tokens=4k", "logging.steps=3")
     assert "differs in streams, training.tokens; nothing was changed" in str(caught.value)
@@ -403,7 +403,7 @@ def _dumped(recipe: Path) -> str:
 def _break_off(recipe: Path) -> None:
     """Run until the comparison, which fails."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("recycle.evaluate.kv_bytes_per_token", _interrupt)
+        patch.setattr("recycle.evaluate.losses.kv_bytes_per_token", _interrupt)
         with pytest.raises(KeyboardInterrupt):
             go(recipe)
 

@@ -10,10 +10,11 @@ import pytest
 import torch
 from transformers import DynamicCache, StaticCache
 
-from recycle.parscale import CacheError, FamilyError, get_p, set_p, shrink_cache, use_p
+from recycle.family import FamilyError, get_p, set_p, use_p
+from recycle.family.switch import _decoder_streams
+from recycle.parscale import CacheError, shrink_cache
 from recycle.parscale.prefix import PREFIX_CHILD, ActiveStreams, forward_state
 from recycle.parscale.streams import choose_streams
-from recycle.parscale.switch import _decoder_streams
 from tests.adapters import logits, scramble, stream_config, stream_model, token_ids
 from tests.tiny import tiny_model
 
@@ -622,7 +623,7 @@ def test_two_models_alive_at_once_do_not_meet():
     first = stream_model("qwen2")
     ids = token_ids(2, 9)
     expected = logits(first, ids)
-    second = stream_model(tiny_model("llama"), heads=(8,), init="random", num_virtual_tokens=3)
+    second = stream_model(tiny_model("llama"), p_values=(8,), init="random", num_virtual_tokens=3)
     bare = tiny_model("llama", seed=4)
     bare_expected = logits(tiny_model("llama", seed=4), ids)
     logits(second, ids)

@@ -15,13 +15,14 @@ from torch.nn import functional as F
 from recycle import backbone as backbones
 from recycle import data
 from recycle.data import Splits
-from recycle.evaluate import contenders, document_losses, streams_of
+from recycle.evaluate.losses import contenders, document_losses
 from recycle.parscale import prefix as prefix_module
+from recycle.parscale.initialise import streams_of
 from recycle.parscale.prefix import ActiveStreams
 from recycle.parscale.streams import choose_streams
 from recycle.progress import Silent
 from recycle.recipe import Recipe, resolve
-from recycle.results import Training
+from recycle.results import TrainingRecord
 from recycle.train import (
     Job,
     StreamTrainer,
@@ -35,7 +36,7 @@ from recycle.train import (
 from tests.runs import STEP_TOKENS, write_recipe
 from tests.tiny import save_tiny
 
-estimate_room = importlib.import_module("recycle.train.estimate")  # the name is its function's too
+estimate_room = importlib.import_module("recycle.cost.estimate")
 
 RATES = {"nested": 1e-2, "aggregator": 1e-3, "control": 3e-2}
 
@@ -46,7 +47,7 @@ class Workshop:
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
         self.model: Any
-        self.model, self.tokenizer, _ = backbones.load(recipe.backbone, "cpu")
+        self.model, self.tokenizer, _ = backbones.load_backbone(recipe.backbone, "cpu")
         self.splits: Splits = data.prepare(
             recipe.data,
             self.tokenizer,
@@ -58,7 +59,7 @@ class Workshop:
     def add(self, job: Job) -> None:
         self.model = add_adapter(self.model, job, self.recipe, self.splits.starts)
 
-    def train(self, job: Job, folder: Path) -> Training:
+    def train(self, job: Job, folder: Path) -> TrainingRecord:
         arguments = (self.splits, self.recipe, folder / job.adapter, Silent())
         return train(self.model, self.tokenizer, job, *arguments)
 
@@ -66,7 +67,7 @@ class Workshop:
         arguments = (job, self.splits, self.recipe, folder, Silent())
         return StreamTrainer(self.model, self.tokenizer, *arguments)
 
-    def train_all(self, folder: Path) -> list[Training]:
+    def train_all(self, folder: Path) -> list[TrainingRecord]:
         trainings = []
         for job in jobs(self.recipe):
             self.add(job)
@@ -94,7 +95,7 @@ def workshop(place: Path, tiny_folder: Path) -> Any:
     return make
 
 
-def losses(training: Training) -> list[float]:
+def losses(training: TrainingRecord) -> list[float]:
     return [point.loss for point in training.train_loss]
 
 
@@ -140,7 +141,9 @@ def test_the_estimate(workshop: Any, tmp_path: Path, monkeypatch: pytest.MonkeyP
     clock, memory = itertools.count(), iter([2 * 2**30, 3 * 2**30])
     monkeypatch.setattr(estimate_room.time, "perf_counter", lambda: next(clock))
     monkeypatch.setattr(estimate_room, "_memory", lambda device: next(memory))
-    found = estimate_room.estimate(tiny.model, tiny.recipe, {"nested": 3, "control": 8})
+    found = estimate_room.estimate(
+        tiny.model, tiny.recipe, jobs(tiny.recipe), {"nested": 3, "control": 8}
+    )
     assert found.tokens == {"nested": 3 * 4 * 64, "control": 8 * 4 * 64}
     # A pass of 64 tokens through 4 streams takes a second, forward as well as with the backward.
     learned = 3 * 4 * 64 * 4 + 8 * 4 * 64 * 1
@@ -151,7 +154,7 @@ def test_the_estimate(workshop: Any, tmp_path: Path, monkeypatch: pytest.MonkeyP
     # Two blocks in a micro-batch; a gradient and two moments in float32.
     assert found.gib == pytest.approx(2 + 2 + 12 * adapter / 2**30)
     assert not any(p.grad is not None for p in tiny.model.parameters())
-    assert control.heads == (1,)
+    assert control.p_values == (1,)
 
 
 # ---- what learns
@@ -294,7 +297,7 @@ def test_the_groups_of_the_optimizer_hold_what_they_say(workshop: Any, tmp_path:
     trainer.release()
     assert len(prefixes) == 2 * 2  # keys and values in each of two layers
     assert all("parscale_keys" in name or "parscale_values" in name for name in prefixes)
-    assert len(aggregators) == 2 * 4  # two linear layers for each of two heads
+    assert len(aggregators) == 2 * 4  # two linear layers for each of two p_values
     assert all("parscale_aggregator" in name for name in aggregators)
 
 
@@ -570,12 +573,12 @@ def test_the_loss_is_that_of_the_models_own_head(tmp_path, model_type, sizes, fu
     ids = torch.tensor([workshop.splits.train[0]["input_ids"]])
     workshop.model.eval()
     trainer.compute_loss(workshop.model, {"input_ids": ids, "labels": ids})
-    streams = ActiveStreams(job.adapter, job.heads[-1], job.heads)
+    streams = ActiveStreams(job.adapter, job.p_values[-1], job.p_values)
     with choose_streams(trainer.layer, streams):
         logits = workshop.model(input_ids=ids, use_cache=False).logits
     expected = [
         F.cross_entropy(each[:-1], ids[0, 1:])
-        for each in logits.view(len(job.heads), *logits.shape[1:])
+        for each in logits.view(len(job.p_values), *logits.shape[1:])
     ]
     torch.testing.assert_close(trainer.head_losses[0], torch.stack(expected), atol=1e-4, rtol=0)
     trainer.release()

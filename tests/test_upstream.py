@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import recycle
-from recycle.parscale import available_p, load
-from recycle.parscale.upstream import CheckpointError, import_checkpoint
+from recycle.family import available_p, load
+from recycle.upstream.importer import CheckpointError, import_checkpoint
 from tests.adapters import logits, token_ids
 from tests.tiny import save_tiny
 
@@ -72,7 +72,7 @@ def test_the_adapter_has_the_tensors_of_the_checkpoint(source, tmp_path):
         assert torch.equal(first[:, i * 64 : (i + 1) * 64], weight[:, i::p])
     config = json.loads((folder / "adapter_config.json").read_text())
     assert config["smoothing"] == 0.01
-    assert config["heads"] == [p]
+    assert config["p_values"] == [p]
 
 
 def test_without_a_backbone_its_own_is_written_beside_the_adapter(tmp_path):

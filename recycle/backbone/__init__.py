@@ -1,12 +1,12 @@
 """Hub id, folder or `package://PACKAGE/FILE.gguf` -> frozen model, tokenizer and their source."""
 
 from .errors import BackboneError
-from .load import BackboneConfig, Source, load, resolve_source
+from .loading import BackboneConfig, Source, load_backbone, resolve_source
 
 __all__ = [
     "BackboneConfig",
     "BackboneError",
     "Source",
-    "load",
+    "load_backbone",
     "resolve_source",
 ]

@@ -1,7 +1,9 @@
 """What goes wrong with a backbone, told in one message."""
 
+from recycle.errors import RecycleError
 
-class BackboneError(ValueError):
+
+class BackboneError(RecycleError):
     """A backbone cannot be had; the message says why and what to do."""
 
 

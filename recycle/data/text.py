@@ -4,10 +4,12 @@ import hashlib
 from collections import Counter
 from dataclasses import dataclass
 
+from recycle.errors import RecycleError
+
 TRIVIAL_LINE = 12  # characters; a shorter line (`else:`, `return x`) says nothing about copying
 
 
-class DataError(ValueError):
+class DataError(RecycleError):
     """The data cannot serve the recipe; the message says why and what to change."""
 
 

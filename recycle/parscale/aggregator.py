@@ -11,7 +11,7 @@ from torch.nn import functional as F
 class Aggregator(nn.Module):
     """Merge streams: `w = softmax(Linear(D→P)(SiLU(Linear(P·D→D)(concat h_i))))`, `h = Σ w_i h_i`.
 
-    In between, the weights are smoothed: `w ← w(1-ε) + ε/P`. For every head P > 1 it holds, in
+    In between, the weights are smoothed: `w ← w(1-ε) + ε/P`. For every P > 1 it holds, in
     float32, `p{P}_hidden_weight [D, P*D]`, `p{P}_hidden_bias [D]`, `p{P}_output_weight [P, D]` and
     `p{P}_output_bias [P]`. The concatenation is stream-major (`i*D + d`). One stream needs none.
 
@@ -20,17 +20,17 @@ class Aggregator(nn.Module):
 
     Args:
         hidden_size: D.
-        heads: The values of P.
+        p_values: The values of P.
         smoothing: ε.
         device: Where the parameters lie.
     """
 
     def __init__(
-        self, hidden_size: int, heads: list[int], smoothing: float, device: torch.device
+        self, hidden_size: int, p_values: list[int], smoothing: float, device: torch.device
     ) -> None:
         super().__init__()
         self.smoothing = smoothing
-        for p in heads:
+        for p in p_values:
             if p > 1:
                 self._add(f"p{p}_hidden", p * hidden_size, hidden_size, device)
                 self._add(f"p{p}_output", hidden_size, p, device)

@@ -16,6 +16,8 @@ from transformers.cache_utils import (
     StaticSlidingWindowLayer,
 )
 
+from recycle.errors import RecycleError
+
 from .prefix import ActiveStreams
 
 # Before transformers 5.21 models read recurrent states past the cache: there they keep batch B*P,
@@ -25,7 +27,7 @@ _STATES_ARE_FOLDED = hasattr(Cache, "get_conv_state")
 _PLAIN_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer)
 
 
-class CacheError(ValueError):
+class CacheError(RecycleError):
     """A key-value cache was filled with another number of streams than the one in use."""
 
 

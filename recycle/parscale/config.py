@@ -14,8 +14,8 @@ class ParScaleConfig(PeftConfig):
     Args:
         num_streams: Parallel streams P whose prefixes the adapter holds. One stream is plain prefix
             tuning, the control of a comparison.
-        heads: The values of P that the adapter serves, each with an aggregator of its own over the
-            first streams. The largest is `num_streams`. `None` stands for `[num_streams]`.
+        p_values: The values of P that the adapter serves, each with an aggregator of its own over
+            the first streams. The largest is `num_streams`. `None` stands for `[num_streams]`.
         num_virtual_tokens: Learned prefix tokens n of every stream.
         smoothing: ε in `w(1 - ε) + ε/P`, the floor of the aggregation weights.
         init: `"text"` starts stream i from the keys and values that the backbone computes on
@@ -36,7 +36,7 @@ class ParScaleConfig(PeftConfig):
 
     task_type: str | None = field(default="CAUSAL_LM", metadata={"help": "The only one there is."})
     num_streams: int = field(default=4, metadata={"help": "Parallel streams P."})
-    heads: list[int] | None = field(default=None, metadata={"help": "Values of P that are served."})
+    p_values: list[int] | None = field(default=None, metadata={"help": "Values of P it serves."})
     num_virtual_tokens: int = field(default=48, metadata={"help": "Prefix tokens of every stream."})
     smoothing: float = field(default=0.1, metadata={"help": "Floor of the aggregation weights."})
     init: str = field(default="text", metadata={"help": "'text' or 'random'."})
@@ -63,21 +63,21 @@ class ParScaleConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType.PARSCALE
-        self.heads = sorted(self.heads) if self.heads else [self.num_streams]
+        self.p_values = sorted(self.p_values) if self.p_values else [self.num_streams]
         if self.num_streams < 1 or self.num_virtual_tokens < 1:
             raise ValueError(
                 f"num_streams and num_virtual_tokens are at least 1, got {self.num_streams} and "
                 f"{self.num_virtual_tokens}."
             )
-        if self.heads[-1] != self.num_streams or len(set(self.heads)) != len(self.heads):
+        if self.p_values[-1] != self.num_streams or len(set(self.p_values)) != len(self.p_values):
             raise ValueError(
-                f"heads are distinct and end with num_streams, got heads={self.heads} and "
-                f"num_streams={self.num_streams}. For example num_streams=8, heads=[2, 4, 8]."
+                f"p_values are distinct and end with num_streams, got p_values={self.p_values} and "
+                f"num_streams={self.num_streams}. For example num_streams=8, p_values=[2, 4, 8]."
             )
-        if self.heads[0] < 1 or (self.heads[0] == 1 and self.num_streams > 1):
+        if self.p_values[0] < 1 or (self.p_values[0] == 1 and self.num_streams > 1):
             raise ValueError(
-                f"heads are at least 2, got {self.heads}. P = 1 is the backbone itself and needs "
-                "no head."
+                f"p_values are at least 2, got {self.p_values}. P = 1 is the backbone itself and "
+                "needs no aggregator."
             )
         if not 0 <= self.smoothing < 1:
             raise ValueError(f"smoothing lies in [0, 1), got {self.smoothing}.")

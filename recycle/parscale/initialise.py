@@ -9,6 +9,8 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from recycle.errors import RecycleError
+
 from .aggregator import Aggregator
 from .config import ParScaleConfig
 from .fallback import REFUSED, Extend, intercept, is_handmade
@@ -16,7 +18,7 @@ from .prefix import PREFIX_CHILD, StreamPrefix, forward_state
 from .streams import STREAMS_CHILD, DecoderStreams, choose_streams
 
 
-class UnsupportedModelError(ValueError):
+class UnsupportedModelError(RecycleError):
     """The model has no attention that these prefixes, or this start of them, could enter."""
 
 
@@ -258,3 +260,10 @@ def start_from(
     aggregator = streams.parscale_aggregator[adapter]
     assert isinstance(aggregator, Aggregator)
     aggregator.start_uniform()
+
+
+def streams_of(model: nn.Module) -> DecoderStreams:
+    """The streams around the decoder of a model with ParScale adapters."""
+    layer = find_decoder(model).get_submodule(STREAMS_CHILD)
+    assert isinstance(layer, DecoderStreams)
+    return layer

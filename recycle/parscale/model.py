@@ -69,9 +69,9 @@ class ParScaleModel(BaseTuner):
             streams = target._modules[STREAMS_CHILD]
             assert isinstance(streams, DecoderStreams)
             assert config.hidden_size is not None
-            assert config.heads is not None
+            assert config.p_values is not None
             streams.add(
-                adapter_name, config.hidden_size, config.heads, config.smoothing, last.device
+                adapter_name, config.hidden_size, config.p_values, config.smoothing, last.device
             )
 
     def inject_adapter(

@@ -27,7 +27,7 @@ class ActiveStreams:
 
     adapter: str
     num_streams: int
-    heads: tuple[int, ...]  # one: the P in use; several: every head at once, in nested training
+    p_values: tuple[int, ...]  # one: the P in use; several: all at once, in nested training
 
 
 class _Values:
@@ -123,9 +123,11 @@ class StreamPrefix(nn.Module, StreamLayer):
     ) -> None:
         """Add an adapter with a random start: normal with standard deviation 0.02, in float32."""
         self.device = device
-        heads, key_size, value_size = shape
+        num_key_value_heads, key_size, value_size = shape
         for values, size in ((self.parscale_keys, key_size), (self.parscale_values, value_size)):
-            start = torch.empty(streams, heads, tokens, size, device=device, dtype=torch.float32)
+            start = torch.empty(
+                streams, num_key_value_heads, tokens, size, device=device, dtype=torch.float32
+            )
             values[adapter] = nn.Parameter(start.normal_(std=0.02))
 
     def remove(self) -> None:

@@ -39,7 +39,7 @@ class DecoderStreams(nn.Module, StreamLayer):
         StreamLayer.__init__(self)
         self.parscale_aggregator = nn.ModuleDict()
         self.p: dict[str, int] = {}  # the P in use, for each adapter
-        self.heads: dict[str, list[int]] = {}
+        self.p_values: dict[str, list[int]] = {}
         # RoBERTa and its like count positions themselves, and from 2.
         self._counts_positions = any(
             hasattr(module, "create_position_ids_from_input_ids") for module in decoder.modules()
@@ -55,19 +55,19 @@ class DecoderStreams(nn.Module, StreamLayer):
         self,
         adapter: str,
         hidden_size: int,
-        heads: list[int],
+        p_values: list[int],
         smoothing: float,
         device: torch.device,
     ) -> None:
         """Add an adapter's aggregators; its largest P is in use first."""
         self.device = device
-        self.parscale_aggregator[adapter] = Aggregator(hidden_size, heads, smoothing, device)
-        self.heads[adapter] = list(heads)
-        self.p[adapter] = heads[-1]
+        self.parscale_aggregator[adapter] = Aggregator(hidden_size, p_values, smoothing, device)
+        self.p_values[adapter] = list(p_values)
+        self.p[adapter] = p_values[-1]
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
-        self.heads.pop(adapter_name, None)
+        self.p_values.pop(adapter_name, None)
         self.p.pop(adapter_name, None)
 
     def remove(self) -> None:
@@ -155,8 +155,8 @@ class DecoderStreams(nn.Module, StreamLayer):
             return None
         hidden = output[0].unflatten(0, (-1, streams.num_streams))  # [B, P, S, D]
         aggregator = self.parscale_aggregator[streams.adapter]
-        # Several heads are stacked along the batch: [|heads|*B, S, D], the first head first.
-        merged = torch.cat([aggregator(hidden[:, :p]) for p in streams.heads])
+        # Several P are stacked along the batch: [|P|*B, S, D], the first P first.
+        merged = torch.cat([aggregator(hidden[:, :p]) for p in streams.p_values])
         if isinstance(output, tuple):
             last = output[0]
             return tuple(_outside(part, last, merged) for part in output)

@@ -5,6 +5,7 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 
+from recycle.errors import RecycleError
 from recycle.recipe import files
 from recycle.recipe.files import Nested
 from recycle.recipe.schema import FIELDS, SECTIONS
@@ -12,7 +13,7 @@ from recycle.recipe.schema import FIELDS, SECTIONS
 FRAGMENTS = {"backbone": "models", "data": "data", "training": "training"}  # section -> folder
 
 
-class RecipeError(ValueError):
+class RecipeError(RecycleError):
     """A recipe that cannot be used; the message lists all that is wrong, `problems` one by one."""
 
     def __init__(self, subject: str, problems: Sequence[str]) -> None:

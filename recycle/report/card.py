@@ -4,7 +4,7 @@ import re
 
 from huggingface_hub import ModelCardData
 
-from recycle.results import CONTROL, BackboneRecord, FirstMeasurement, Results, Training
+from recycle.results import CONTROL, BackboneRecord, FirstMeasurement, Results, TrainingRecord
 
 from .markdown import code, document, escape, facts, fence
 from .result import result
@@ -44,7 +44,7 @@ ELSEWHERE = (
 def model_card(results: Results) -> str:
     """The README.md of the run folder."""
     backbone, data = results.backbone, results.data
-    streams = sorted(model.streams for model in results.models if model.streams > 1)
+    streams = sorted(model.num_streams for model in results.models if model.num_streams > 1)
     largest, smallest = streams[-1], streams[0]
     trained_on = backbone if results.first is None else results.first
     tokens = (f"{_trained(training)}: {training.tokens:,}" for training in results.training)
@@ -93,9 +93,9 @@ def _quantised(backbone: BackboneRecord | FirstMeasurement) -> str:
     ).rstrip()
 
 
-def _trained(training: Training) -> str:
+def _trained(training: TrainingRecord) -> str:
     """What a training made, in the table's names."""
-    streams = ", ".join(map(str, training.streams))
+    streams = ", ".join(map(str, training.p_values))
     return training.name if training.name == CONTROL else f"P = {streams}"
 
 

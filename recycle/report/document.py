@@ -9,7 +9,7 @@ from .result import result
 
 TRAINING_COLUMNS = (
     "training",
-    "streams",
+    "P",
     "text tokens",
     "steps",
     "seconds",
@@ -24,7 +24,7 @@ def report(results: Results) -> str:
     trainings = [
         (
             training.name,
-            ", ".join(map(str, training.streams)),
+            ", ".join(map(str, training.p_values)),
             f"{training.tokens:,}",
             f"{training.steps:,}",
             f"{training.wall_seconds:,.0f}",

@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from recycle.results import Results, write_atomically
+from recycle.disk import write_atomically
+from recycle.results import Results
 
 from .card import model_card
 from .document import report

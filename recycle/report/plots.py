@@ -53,8 +53,8 @@ def plot_loss_vs_streams(results: Results) -> bytes:
             colour, error = LINES[model.name], _error(model)
             axes.axhline(model.loss, color=colour, linestyle="--", label=model.name)
             axes.axhspan(model.loss - error, model.loss + error, color=colour, alpha=0.15, lw=0)
-    families = [model for model in results.models if model.streams > 1]
-    streams = [model.streams for model in families]
+    families = [model for model in results.models if model.num_streams > 1]
+    streams = [model.num_streams for model in families]
     axes.errorbar(
         streams,
         [model.loss for model in families],

@@ -16,7 +16,7 @@ from .comparison import (
     compare,
     paired_difference,
 )
-from .file import ResultsError, read, write, write_atomically
+from .file import ResultsError, read, write
 from .machine import Hardware, hardware, packages
 from .schema import (
     BackboneRecord,
@@ -25,7 +25,7 @@ from .schema import (
     FirstMeasurement,
     LossPoint,
     Results,
-    Training,
+    TrainingRecord,
     WallSeconds,
     precision,
 )
@@ -59,7 +59,7 @@ __all__ = [
     "ResultsError",
     "ScoredDocument",
     "Speed",
-    "Training",
+    "TrainingRecord",
     "WallSeconds",
     "compare",
     "first_table",
@@ -75,5 +75,4 @@ __all__ = [
     "shared_training",
     "table",
     "write",
-    "write_atomically",
 ]

@@ -52,7 +52,7 @@ class Measurement(Record):
 
     name: str
     """"backbone", "control", "P = 2"...; the name of its row."""
-    streams: PositiveInt
+    num_streams: PositiveInt
     losses: tuple[float, ...]
     """Nats per token of each test document, in their order."""
     adapter_parameters: NonNegativeInt

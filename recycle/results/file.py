@@ -1,30 +1,18 @@
 """`results.json` on disk: written whole or not at all, and checked when read."""
 
 import json
-import os
 from pathlib import Path
 
 from pydantic import ValidationError
 
+from recycle.disk import write_atomically
+from recycle.errors import RecycleError
+
 from .schema import SCHEMA_VERSION, Results
 
 
-class ResultsError(ValueError):
+class ResultsError(RecycleError):
     """A `results.json` that cannot be read as one."""
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that its path holds the old content or the new, never a part of it."""
-    temporary = path.with_name(f".{path.name}.tmp")  # one name: left by a kill, written over
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def write(results: Results, path: Path) -> None:

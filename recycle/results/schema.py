@@ -26,7 +26,7 @@ from .comparison import (
 from .machine import Hardware
 from .record import Record
 
-SCHEMA_VERSION: Final = 1
+SCHEMA_VERSION: Final = 2
 
 
 def _utc(date: datetime) -> datetime:
@@ -91,12 +91,12 @@ class CurvePoint(Record):
     """Name of a model in the table -> nats per token."""
 
 
-class Training(Record):
+class TrainingRecord(Record):
     """One training run: the whole nested family, one independent P, or the control."""
 
     name: str
     """"nested", "p2"..., and "control" for the control."""
-    streams: tuple[PositiveInt, ...]
+    p_values: tuple[PositiveInt, ...]
     """The P that it trained; (1,) for the control."""
     tokens: NonNegativeInt
     """Text tokens learned from."""
@@ -121,7 +121,7 @@ class WallSeconds(Record):
 class Results(Record):
     """Everything that is known of one run. `compare` makes `models`, and it is checked to."""
 
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[2] = SCHEMA_VERSION
     name: str
     date: Annotated[AwareDatetime, AfterValidator(_utc)]
     command: str
@@ -133,7 +133,7 @@ class Results(Record):
     seeds: dict[str, int]
     backbone: BackboneRecord
     data: DataRecord
-    training: tuple[Training, ...]
+    training: tuple[TrainingRecord, ...]
     documents: tuple[ScoredDocument, ...]
     models: tuple[ModelResult, ...]
     """In the order of the table; the backbone first."""

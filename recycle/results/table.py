@@ -140,12 +140,12 @@ def _rich(
 
 def shared_training(results: Results) -> str:
     """Whose training speed stands in the rows of a nested family; nothing where none does."""
-    shown = {x.streams for x in results.models if x.speed.train_tokens_per_second is not None}
+    shown = {x.num_streams for x in results.models if x.speed.train_tokens_per_second is not None}
     return " ".join(
-        f"The train tokens/s of P = {', '.join(map(str, training.streams))} is that of the one "
+        f"The train tokens/s of P = {', '.join(map(str, training.p_values))} is that of the one "
         "training they share."
         for training in results.training
-        if len(training.streams) > 1 and shown.issuperset(training.streams)
+        if len(training.p_values) > 1 and shown.issuperset(training.p_values)
     )
 
 

@@ -7,13 +7,15 @@ from typing import Any
 
 from rich.console import Console
 
-from recycle import backbone as backbones
 from recycle import report, results
-from recycle.parscale import family
+from recycle.backbone import load_backbone
+from recycle.cost import estimate
+from recycle.disk import write_atomically
+from recycle.family import save_family
 from recycle.progress import Display, minutes
 from recycle.recipe import Resolved, dump, identity
 from recycle.results import Results
-from recycle.train import add_adapter, estimate, jobs, steps_left, train, writing
+from recycle.train import add_adapter, jobs, steps_left, train, writing
 
 from .folder import (
     CHECKPOINTS,
@@ -64,7 +66,7 @@ def run(resolved: Resolved, command: str, console: Console) -> Results:
     backbone = with_dtype(recipe.backbone, device)
     console.print(f"Backbone: {backbone.id} in {backbone.dtype} on {device}")
     with console.status("Loading the backbone; a file in a package is first dequantised, once"):
-        model, tokenizer, source = backbones.load(backbone, device)
+        model, tokenizer, source = load_backbone(backbone, device)
     check_window(recipe, model.config)
     console.print(f"Data: {recipe.data.source} {recipe.data.path or ''}".rstrip())
     splits = prepare_data(recipe, tokenizer)
@@ -81,7 +83,7 @@ def run(resolved: Resolved, command: str, console: Console) -> Results:
     with claimed(folder):
         if saved_recipe(recipe, folder) and finished_results(folder):
             raise RunError(f"Another process has just finished {folder}. Run again to see it.")
-        results.write_atomically(folder / RECIPE, dump(recipe).encode())
+        write_atomically(folder / RECIPE, dump(recipe).encode())
         same_ground(folder, source.fingerprint, str(model.dtype), splits.facts["sha256"])
         peft_model: Any = model
         trainings = []
@@ -91,7 +93,7 @@ def run(resolved: Resolved, command: str, console: Console) -> Results:
             for position, job in enumerate(jobs(recipe)):
                 peft_model = add_adapter(peft_model, job, recipe, splits.starts)
                 if position == 0:
-                    expected = estimate(peft_model, recipe, left)
+                    expected = estimate(peft_model, recipe, jobs(recipe), left)
                     console.print(
                         f"Expected: {minutes(expected.seconds)} and {expected.gib:.1f} GiB of "
                         f"{'GPU ' if device == 'cuda' else ''}memory, for training "
@@ -103,7 +105,7 @@ def run(resolved: Resolved, command: str, console: Console) -> Results:
                 place = checkpoints / job.adapter
                 trainings.append(train(peft_model, tokenizer, job, splits, recipe, place, display))
             with writing(folder):
-                family.save_family(peft_model, folder, source.fingerprint)
+                save_family(peft_model, folder, source.fingerprint)
                 tokenizer.save_pretrained(folder)
 
             started = time.perf_counter()

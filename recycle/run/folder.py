@@ -8,7 +8,9 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from recycle import results
-from recycle.parscale.fingerprint import Fingerprint, differences
+from recycle.backbone.fingerprint import Fingerprint, differences
+from recycle.disk import write_atomically
+from recycle.errors import RecycleError
 from recycle.recipe import SAVED, Recipe, RecipeError, differing_keys, holds_run, load
 from recycle.results import Results
 
@@ -20,7 +22,7 @@ CHECKPOINTS = "checkpoints"
 GROUND = "ground.json"  # among the checkpoints: what they were made on
 
 
-class RunError(ValueError):
+class RunError(RecycleError):
     """The run folder cannot be used for this recipe."""
 
 
@@ -114,7 +116,7 @@ def same_ground(folder: Path, backbone: Fingerprint, dtype: str, data: dict[str,
     record = folder / CHECKPOINTS / GROUND
     now = {"backbone": backbone.to_dict(), "dtype": dtype, "data": data}
     if not record.is_file():
-        results.write_atomically(record, json.dumps(now).encode())
+        write_atomically(record, json.dumps(now).encode())
         return
     try:
         before = json.loads(record.read_text())

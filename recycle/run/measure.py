@@ -10,10 +10,11 @@ from peft import PeftModelForCausalLM
 from rich.console import Console
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from recycle import backbone as backbones
-from recycle import data, evaluate, results
-from recycle.parscale import family
-from recycle.parscale.fingerprint import Fingerprint, differences
+from recycle import data, family, results
+from recycle.backbone import load_backbone
+from recycle.backbone.fingerprint import Fingerprint, differences
+from recycle.evaluate import losses as evaluate
+from recycle.parscale.initialise import streams_of
 from recycle.progress import Display, Silent
 from recycle.recipe import Recipe, identity, resolve
 from recycle.results import FirstMeasurement, Results, precision
@@ -78,11 +79,11 @@ def measure(
     model: PeftModelForCausalLM,
     splits: data.Splits,
     recipe: Recipe,
-    trainings: list[results.Training],
+    trainings: list[results.TrainingRecord],
     progress: Silent,
 ) -> list[results.Measurement]:
     """Test losses, speed and sizes of the backbone, the control and each P, as in the table."""
-    layer = evaluate.streams_of(model)
+    layer = streams_of(model)
     models = evaluate.contenders(layer)
     together = evaluate.passes(models)
     length = recipe.data.block_size * len(splits.test)
@@ -119,7 +120,7 @@ def measure(
         measurements.append(
             results.Measurement(
                 name=name,
-                streams=contender.num_streams,
+                num_streams=contender.num_streams,
                 losses=tuple(losses[name]),
                 adapter_parameters=sum(tensor.numel() for tensor in state.values()),
                 kv_bytes_per_token=kv_bytes[name],
@@ -179,7 +180,7 @@ def evaluate_again(
     device = device_of(recipe)
     machine = hardware(device)
     recipe = recipe.model_copy(update={"backbone": with_dtype(recipe.backbone, device)})
-    backbone, tokenizer, source = backbones.load(recipe.backbone, device)
+    backbone, tokenizer, source = load_backbone(recipe.backbone, device)
     check_window(recipe, backbone.config)
     members = family.read_members(folder, family.Family.read(folder))
     trained_on = Fingerprint.from_dict(members[0].config.fingerprint or {})

@@ -15,22 +15,20 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from recycle.data import Splits
+from recycle.disk import write_atomically
 from recycle.progress import Silent
 from recycle.recipe import Recipe
-from recycle.results import CurvePoint, LossPoint, Training, write_atomically
+from recycle.results import CurvePoint, LossPoint, TrainingRecord
 
 from .checkpoints import TrainingError, is_whole, last_checkpoint, seal, writing
-from .estimate import Estimate, estimate
 from .jobs import Job, add_adapter, jobs, steps
 from .trainer import StreamTrainer
 
 __all__ = [
-    "Estimate",
     "Job",
     "StreamTrainer",
     "TrainingError",
     "add_adapter",
-    "estimate",
     "jobs",
     "last_checkpoint",
     "steps",
@@ -51,7 +49,7 @@ def train(
     recipe: Recipe,
     folder: Path,
     progress: Silent,
-) -> Training:
+) -> TrainingRecord:
     """Train one adapter on `splits.train`, going on from the last good checkpoint in `folder`.
 
     Returns:
@@ -64,7 +62,7 @@ def train(
     finished = folder / FINISHED
     if is_whole(finished):
         set_peft_model_state_dict(model, load_file(finished / WEIGHTS), adapter_name=job.adapter)
-        return Training.model_validate_json((finished / RECORD).read_text())
+        return TrainingRecord.model_validate_json((finished / RECORD).read_text())
     total = steps(recipe)
     tokens = total * recipe.training.batch_size * recipe.data.block_size
     log: list[dict[str, Any]] = []
@@ -77,14 +75,14 @@ def train(
         finally:
             trainer.release()
         log, seconds, elapsed = trainer.state.log_history, trainer.seconds, trainer.elapsed
-    record = Training(
+    record = TrainingRecord(
         name=job.adapter,
-        streams=job.heads,
+        p_values=job.p_values,
         tokens=tokens,
         steps=total,
         wall_seconds=elapsed,
         tokens_per_second=tokens / seconds if seconds else None,
-        stream_tokens_per_second=tokens * job.heads[-1] / seconds if seconds else None,
+        stream_tokens_per_second=tokens * job.p_values[-1] / seconds if seconds else None,
         curve=tuple(CurvePoint.model_validate(x["curve"]) for x in log if "curve" in x),
         train_loss=tuple(LossPoint.model_validate(x["train"]) for x in log if "train" in x),
     )

@@ -7,13 +7,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from recycle.parscale.folder import file_sha256
-from recycle.results import write_atomically
+from recycle.disk import file_sha256, write_atomically
+from recycle.errors import RecycleError
 
 COMPLETE = "complete"  # written into a checkpoint last, with the hashes of the files before it
 
 
-class TrainingError(RuntimeError):
+class TrainingError(RecycleError):
     """Training cannot go on; the last good checkpoint is kept."""
 
 

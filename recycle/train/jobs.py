@@ -7,8 +7,8 @@ import torch
 from peft import PeftModelForCausalLM, get_peft_model
 from torch import Tensor
 
+from recycle.family.folder import CONTROL, NESTED
 from recycle.parscale import ParScaleConfig
-from recycle.parscale.folder import CONTROL, NESTED
 from recycle.recipe import Recipe
 
 
@@ -17,7 +17,7 @@ class Job:
     """One training: an adapter, the values of P it learns at once, and its prefixes' rate."""
 
     adapter: str
-    heads: tuple[int, ...]
+    p_values: tuple[int, ...]
     prefix_learning_rate: float
 
 
@@ -50,11 +50,11 @@ def add_adapter(model: Any, job: Job, recipe: Recipe, starts: Tensor) -> PeftMod
             first of them.
     """
     torch.manual_seed(recipe.training.seed)
-    p = job.heads[-1]
+    p = job.p_values[-1]
     text = recipe.method.init == "text"
     config = ParScaleConfig(
         num_streams=p,
-        heads=list(job.heads),
+        p_values=list(job.p_values),
         num_virtual_tokens=recipe.method.num_virtual_tokens,
         smoothing=recipe.method.smoothing,
         init=recipe.method.init,

@@ -1,6 +1,6 @@
 """TRL's trainer over streams: one pass of the decoder serves every P of a nested family.
 
-Dimensions: B blocks of a micro-batch, S tokens of a block, |P| heads.
+Dimensions: B blocks of a micro-batch, S tokens of a block, |P| values of P.
 """
 
 import math
@@ -23,7 +23,8 @@ from transformers.trainer_callback import PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
 from recycle.data import Splits
-from recycle.evaluate import contenders, document_losses, range_advice, streams_of
+from recycle.evaluate.losses import contenders, document_losses, range_advice
+from recycle.parscale.initialise import streams_of
 from recycle.parscale.prefix import ActiveStreams
 from recycle.parscale.streams import choose_streams
 from recycle.progress import Silent
@@ -42,7 +43,7 @@ SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_
 
 
 class StreamTrainer(SFTTrainer):
-    """TRL's trainer with the loss of every head, whose outputs come stacked out of one pass."""
+    """TRL's trainer with the loss of every P, whose outputs come stacked out of one pass."""
 
     def __init__(
         self,
@@ -58,7 +59,7 @@ class StreamTrainer(SFTTrainer):
         self.job = job
         self.seconds = 0.0  # in optimiser steps, of this and earlier processes
         self.elapsed = 0.0  # the same with validation and checkpoints
-        self.weights = torch.tensor([training.loss_weights.get(p, 1.0) for p in job.heads])
+        self.weights = torch.tensor([training.loss_weights.get(p, 1.0) for p in job.p_values])
         self.weights /= self.weights.sum()
         self.head_losses: list[Tensor] = []
         self.layer = streams_of(model)
@@ -130,21 +131,21 @@ class StreamTrainer(SFTTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | None = None,
     ) -> Tensor:
-        """Weighted mean over the heads of the loss in nats per token."""
-        heads = self.job.heads
-        streams = ActiveStreams(self.job.adapter, heads[-1], heads)
-        labels = inputs["labels"].repeat(len(heads), 1)  # [|P|*B, S]
+        """Weighted mean over the P of the loss in nats per token."""
+        p_values = self.job.p_values
+        streams = ActiveStreams(self.job.adapter, p_values[-1], p_values)
+        labels = inputs["labels"].repeat(len(p_values), 1)  # [|P|*B, S]
         ids = {"input_ids": inputs["input_ids"], "use_cache": False}
         with choose_streams(self.layer, streams):
             if self.fused:
                 log_probs = model(**ids, labels=labels, fused_lm_head=True).log_probs.float()
             else:
                 log_probs = next_token_log_probs(model(**ids).logits, labels)
-        losses = -log_probs.view(len(heads), -1).mean(dim=1)  # [|P|]
+        losses = -log_probs.view(len(p_values), -1).mean(dim=1)  # [|P|]
         if not torch.isfinite(losses).all():
             raise TrainingError(
                 f"The training loss of adapter {self.job.adapter!r} is not finite at step "
-                f"{self.state.global_step + 1}: {losses.tolist()} for P = {list(heads)}. "
+                f"{self.state.global_step + 1}: {losses.tolist()} for P = {list(p_values)}. "
                 f"{self.mend}"
             )
         self.head_losses.append(losses.detach())

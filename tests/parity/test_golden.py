@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import StaticCache
 
 import recycle
-from recycle.parscale.upstream import import_checkpoint
+from recycle.upstream.importer import import_checkpoint
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CHECKPOINTS = {"qwen2-p2": 2, "qwen2-p4-tied": 4}

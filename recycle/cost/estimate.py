@@ -3,18 +3,18 @@
 import resource
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from peft import PeftModelForCausalLM
 from torch.nn import functional as F
 
-from recycle.evaluate import streams_of
+from recycle.parscale.initialise import streams_of
 from recycle.parscale.prefix import ActiveStreams
 from recycle.parscale.streams import choose_streams
 from recycle.recipe import Recipe
-
-from .jobs import jobs
 
 
 @dataclass(frozen=True)
@@ -26,17 +26,20 @@ class Estimate:
     tokens: dict[str, int]  # of text, that each adapter still learns from
 
 
-def estimate(model: PeftModelForCausalLM, recipe: Recipe, steps_left: dict[str, int]) -> Estimate:
+def estimate(
+    model: PeftModelForCausalLM, recipe: Recipe, jobs: Sequence[Any], steps_left: dict[str, int]
+) -> Estimate:
     """Expected time and memory of the rest of a run, from short steps with its first adapter.
 
     Args:
         model: The backbone with the first job's adapter.
         recipe: The run's.
+        jobs: Its trainings.
         steps_left: Optimiser steps that each job still has to do, by its adapter's name.
     """
     layer = streams_of(model)
-    job = jobs(recipe)[0]
-    p = job.heads[-1]
+    job = jobs[0]
+    p = job.p_values[-1]
     device = next(model.parameters()).device
     block = recipe.data.block_size
     length = min(block, 128)
@@ -49,8 +52,8 @@ def estimate(model: PeftModelForCausalLM, recipe: Recipe, steps_left: dict[str, 
 
     def seconds_per_stream_token(backward: bool) -> float:
         started = time.perf_counter()
-        with choose_streams(layer, ActiveStreams(job.adapter, p, job.heads)):
-            labels = tokens.repeat(len(job.heads), 1)
+        with choose_streams(layer, ActiveStreams(job.adapter, p, job.p_values)):
+            labels = tokens.repeat(len(job.p_values), 1)
             with torch.set_grad_enabled(backward):
                 loss = F.cross_entropy(
                     model(input_ids=tokens, use_cache=False).logits.flatten(0, 1).float(),
@@ -66,19 +69,19 @@ def estimate(model: PeftModelForCausalLM, recipe: Recipe, steps_left: dict[str, 
     model.eval()
 
     training, data = recipe.training, recipe.data
-    all_streams = sum(job.heads[-1] for job in jobs(recipe))
+    all_streams = sum(job.p_values[-1] for job in jobs)
     text: dict[str, int] = {}
     learned = 0  # stream-tokens
     read = block * (all_streams + 1) * data.test_documents
-    for each in jobs(recipe):
-        left, streams = steps_left[each.adapter], each.heads[-1]
+    for each in jobs:
+        left, streams = steps_left[each.adapter], each.p_values[-1]
         points = left // training.validation_steps + (2 if left else 0)
         text[each.adapter] = left * training.batch_size * block
         learned += text[each.adapter] * streams
         read += points * data.validation_documents * block * streams
     adapter = sum(x.numel() for x in model.parameters() if x.requires_grad)
     micro_batches = training.micro_batch_size * block / length
-    logits = recipe.evaluation.batch_size * len(job.heads) * block * vocabulary
+    logits = recipe.evaluation.batch_size * len(job.p_values) * block * vocabulary
     growth = max((_memory(device) - before) * micro_batches, logits * model.dtype.itemsize)
     return Estimate(
         seconds=learned * learning + read * reading,

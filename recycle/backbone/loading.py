@@ -18,18 +18,16 @@ from transformers import (
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from recycle.parscale.fingerprint import Fingerprint, fingerprint_files
-from recycle.parscale.model import keep_gradients_of_4bit_layers
-from recycle.parscale.source import (
+from .errors import BackboneError, first_line
+from .fingerprint import Fingerprint, fingerprint_files
+from .package import NOTES, PACKAGE_SCHEME, dequantised
+from .source import (
     SourceError,
     SourceFiles,
     looks_like_path,
     read_config,
     source_files,
 )
-
-from .errors import BackboneError, first_line
-from .package import NOTES, PACKAGE_SCHEME, dequantised
 
 
 class BackboneConfig(Protocol):
@@ -60,7 +58,7 @@ class Source:
     """For a dequantised file: package, version, licence, file, sha256, what was done to it."""
 
 
-def load(
+def load_backbone(
     backbone: BackboneConfig, device: str | torch.device = "cpu"
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Source]:
     """Load a backbone as its recipe says: every parameter frozen, in eval mode, on `device`.
@@ -181,7 +179,6 @@ def _load_model(
             f"the weights of {id!r} do not fit its config.json: {len(wrong)} tensors are "
             f"missing or of another shape, {wrong[0]!r} among them: get the model anew"
         )
-    keep_gradients_of_4bit_layers(model)
     return model.eval().requires_grad_(False)
 
 

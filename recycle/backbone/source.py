@@ -20,6 +20,8 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from recycle.errors import RecycleError
+
 ADAPTER = "adapter_config.json"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -35,7 +37,7 @@ class Access(TypedDict, total=False):
 ANYONE: Access = {}
 
 
-class SourceError(ValueError):
+class SourceError(RecycleError):
     """A backbone's source cannot be read; the message says why and what to do."""
 
 

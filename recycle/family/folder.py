@@ -3,7 +3,6 @@
 Each of them is a plain PEFT adapter that stands on its own. `family.json` holds what they share.
 """
 
-import hashlib
 import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -17,8 +16,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .config import ParScaleConfig
-from .source import ANYONE, Access
+from recycle.backbone.source import ANYONE, Access
+from recycle.disk import file_sha256
+from recycle.errors import RecycleError
+from recycle.parscale.config import ParScaleConfig
 
 FAMILY_FILE = "family.json"
 FAMILY_VERSION = 1
@@ -29,7 +30,7 @@ CONFIG = "adapter_config.json"
 BACKBONE = "backbone"  # folder of an imported adapter that brings its own
 
 
-class FamilyError(ValueError):
+class FamilyError(RecycleError):
     """A family folder cannot be loaded, or does not have the P that was asked for."""
 
 
@@ -45,7 +46,7 @@ class Member(NamedTuple):
 class Family:
     """What the adapters of a run folder share: the content of `family.json`."""
 
-    streams: list[int]
+    p_values: list[int]
     nested: bool
     control: bool
     backbone: str
@@ -62,8 +63,8 @@ class Family:
             return _parse(path)
         config = _read_config(folder)
         return Family(
-            streams=[p for p in config.heads or [] if p > 1],
-            nested=len(config.heads or []) > 1,
+            p_values=[p for p in config.p_values or [] if p > 1],
+            nested=len(config.p_values or []) > 1,
             control=config.num_streams == 1,
             backbone=config.base_model_name_or_path or "",
             revision=config.revision,
@@ -131,7 +132,7 @@ def read_members(folder: Path, family: Family) -> list[Member]:
         name = CONTROL if family.control else "default"
         members = [Member(name, _read_config(folder), _read_state(folder, None))]
     else:
-        names = [f"p{p}" for p in sorted(family.streams, reverse=True)]
+        names = [f"p{p}" for p in sorted(family.p_values, reverse=True)]
         names += [CONTROL] if family.control else []
         members = [
             Member(
@@ -155,7 +156,7 @@ def _nest(members: list[Member], family: Family) -> list[Member]:
     for member in others:
         if member.name != CONTROL:
             state |= {k: tensor for k, tensor in member.state.items() if "aggregator" in k}
-    config = replace(largest.config, heads=list(family.streams))
+    config = replace(largest.config, p_values=list(family.p_values))
     nested = Member(NESTED, config, state)
     return [nested, *(member for member in others if member.name == CONTROL)]
 
@@ -199,9 +200,3 @@ def write_adapter(folder: Path, config: ParScaleConfig, state: dict[str, Tensor]
     folder.mkdir(parents=True, exist_ok=True)
     save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
     config.save_pretrained(str(folder))
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, in hex."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

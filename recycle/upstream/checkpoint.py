@@ -20,8 +20,16 @@ from huggingface_hub.errors import (
 from safetensors import SafetensorError
 from transformers import Qwen2Config
 
+from recycle.backbone.source import (
+    INDEX,
+    SINGLE,
+    SourceError,
+    SourceFiles,
+    read_config,
+    source_files,
+)
+
 from .layout import first_of
-from .source import INDEX, SINGLE, SourceError, SourceFiles, read_config, source_files
 from .tensors import CheckpointError, Stored, stored_tensors
 
 REQUIRED = ("parscale_n", "hidden_size", "num_hidden_layers")

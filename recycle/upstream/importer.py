@@ -14,11 +14,13 @@ import torch
 from torch import Tensor
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from recycle.backbone.fingerprint import fingerprint
+from recycle.backbone.source import INDEX, SINGLE, read_config
+from recycle.family.folder import BACKBONE, write_adapter
+from recycle.parscale.config import ParScaleConfig
+
 from .checkpoint import Checkpoint, check_new, model_files, model_tensors, new_folder
-from .config import ParScaleConfig
-from .export import export_checkpoint
-from .fingerprint import fingerprint
-from .folder import BACKBONE, write_adapter
+from .exporter import export_checkpoint
 from .layout import (
     BIASES,
     EMBEDDING,
@@ -35,7 +37,6 @@ from .layout import (
     to_ours,
 )
 from .qwen2 import upstream_config
-from .source import INDEX, SINGLE, read_config
 from .tensors import CheckpointError, Stored, difference, write_tensors
 
 __all__ = [
@@ -199,7 +200,11 @@ def _adapter(checkpoint: Checkpoint) -> tuple[ParScaleConfig, dict[str, Tensor]]
         decoder="model",
         hidden_size=sizes.width,
         attention_shapes={
-            f"model.layers.{layer}.self_attn": [sizes.heads, sizes.head_dim, sizes.head_dim]
+            f"model.layers.{layer}.self_attn": [
+                sizes.num_key_value_heads,
+                sizes.head_dim,
+                sizes.head_dim,
+            ]
             for layer in range(sizes.layers)
         },
         backbone_dtype=checkpoint.config.get("torch_dtype", checkpoint.config.get("dtype")),

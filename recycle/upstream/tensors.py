@@ -15,6 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from recycle.errors import RecycleError
+
 PIECE_BYTES = 1 << 22
 DTYPES = {
     "F64": torch.float64,
@@ -33,7 +35,7 @@ DTYPES = {
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
-class CheckpointError(ValueError):
+class CheckpointError(RecycleError):
     """A checkpoint cannot be read or written, or its backbone is another model."""
 
 

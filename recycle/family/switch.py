@@ -6,16 +6,17 @@ from contextlib import contextmanager
 from peft import PeftModel
 from torch import nn
 
-from .config import ParScaleConfig
+from recycle.parscale.config import ParScaleConfig
+from recycle.parscale.prefix import ActiveStreams, StreamLayer
+from recycle.parscale.streams import DecoderStreams, choose_streams
+
 from .folder import FamilyError
-from .prefix import ActiveStreams, StreamLayer
-from .streams import DecoderStreams, choose_streams
 
 
 def available_p(model: nn.Module) -> list[int]:
     """The values of P that `set_p` takes on this model, ascending; 1 is the backbone itself."""
-    heads = _decoder_streams(model).heads
-    offered = {p for served in heads.values() for p in served if p > 1}
+    p_values = _decoder_streams(model).p_values
+    offered = {p for served in p_values.values() for p in served if p > 1}
     if not any(config.backbone_trained for config in parscale_configs(model).values()):
         offered.add(1)
     return sorted(offered)
@@ -85,7 +86,7 @@ def parscale_configs(model: nn.Module) -> dict[str, ParScaleConfig]:
     configs: dict[str, ParScaleConfig] = {}
     for module in model.modules():
         configs |= getattr(module, "peft_config", None) or {}
-    return {name: configs[name] for name in _decoder_streams(model).heads}
+    return {name: configs[name] for name in _decoder_streams(model).p_values}
 
 
 def _decoder_streams(model: nn.Module) -> DecoderStreams:
@@ -105,8 +106,8 @@ def _find(model: nn.Module, p: int) -> ActiveStreams | None:
         raise FamilyError(f"This model offers P = {listed(offered)}, got p={p!r}.")
     if p == 1:
         return None
-    names = sorted(layer.heads, key=lambda name: name not in layer.active_adapters)
-    name = next(name for name in names if p in layer.heads[name])
+    names = sorted(layer.p_values, key=lambda name: name not in layer.active_adapters)
+    name = next(name for name in names if p in layer.p_values[name])
     return ActiveStreams(name, p, (p,))
 
 

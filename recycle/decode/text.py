@@ -5,8 +5,8 @@ import sys
 from peft import PeftConfig
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, TextStreamer
 
-from .parscale import load
-from .parscale.folder import FamilyError, find_folder
+from recycle.family import FamilyError, load
+from recycle.family.folder import find_folder
 
 
 def generate_text(source: str, prompt: str, p: int | None, max_new_tokens: int, chat: bool) -> None:

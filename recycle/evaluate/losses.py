@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import DynamicCache
 
-from .data import Document
-from .parscale.initialise import find_decoder
-from .parscale.prefix import ActiveStreams
-from .parscale.streams import STREAMS_CHILD, DecoderStreams, choose_streams
-from .results import Speed
+from recycle.data import Document
+from recycle.parscale.initialise import find_decoder
+from recycle.parscale.prefix import ActiveStreams
+from recycle.parscale.streams import DecoderStreams, choose_streams
+from recycle.results import Speed
 
 REPEATS = 3
 
@@ -35,17 +35,10 @@ class Contender:
         return 1 if self.streams is None else self.streams.num_streams
 
 
-def streams_of(model: nn.Module) -> DecoderStreams:
-    """The streams around the decoder of a model with ParScale adapters."""
-    layer = find_decoder(model).get_submodule(STREAMS_CHILD)
-    assert isinstance(layer, DecoderStreams)
-    return layer
-
-
 def contenders(layer: DecoderStreams) -> list[Contender]:
     """The backbone, one-stream adapters such as the control, and each P, as in the table."""
     found = [Contender("backbone", None)]
-    members = sorted((p, name) for name, heads in layer.heads.items() for p in heads)
+    members = sorted((p, name) for name, p_values in layer.p_values.items() for p in p_values)
     for p, name in members:
         title = name if p == 1 else f"P = {p}"
         found.append(Contender(title, ActiveStreams(name, p, (p,))))
@@ -63,7 +56,7 @@ def range_advice(model: nn.Module) -> str:
 
 
 def passes(models: Sequence[Contender]) -> list[list[Contender]]:
-    """Group the models that one pass of the decoder serves: all the heads of a nested adapter."""
+    """Group the models that one pass of the decoder serves: all the P of a nested adapter."""
     grouped: dict[str | None, list[Contender]] = {}
     for model in models:
         adapter = None if model.streams is None else model.streams.adapter
@@ -103,7 +96,7 @@ def document_losses(
                 tokens = torch.tensor([document.input_ids for document in batch], device=device)
                 with choose_streams(layer, streams):
                     logits = model(input_ids=tokens, use_cache=False).logits
-                rows = iter(logits)  # [S, V] of each head's documents, the first head first
+                rows = iter(logits)  # [S, V] of each P's documents, the first P first
                 for contender in group:
                     for row in tokens:
                         losses[contender.name].append(_mean_loss(next(rows), row))

@@ -1,6 +1,6 @@
 """Adapters of several P on one backbone: load and save.
 
-In memory a nested family is one adapter whose heads are the values of P, and an independent family
+In memory a nested family is one adapter that serves all of them, and an independent family
 is one adapter for each P. How it lies on disk is in `folder.py`, and how P is chosen in
 `switch.py`.
 """
@@ -14,8 +14,11 @@ from peft.utils import set_peft_model_state_dict
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from .config import ParScaleConfig
-from .fingerprint import Fingerprint, SourceError, differences, fingerprint
+from recycle.backbone.fingerprint import Fingerprint, SourceError, differences, fingerprint
+from recycle.backbone.source import Access
+from recycle.disk import file_sha256
+from recycle.parscale.config import ParScaleConfig
+
 from .folder import (
     BACKBONE,
     CONFIG,
@@ -26,12 +29,10 @@ from .folder import (
     Family,
     FamilyError,
     Member,
-    file_sha256,
     find_folder,
     read_members,
     write_adapter,
 )
-from .source import Access
 from .switch import listed, parscale_configs, set_p
 
 __all__ = [
@@ -88,7 +89,7 @@ def load(
     access: Any = {key: backbone_options[key] for key in ACCESS if key in backbone_options}
     folder = find_folder(source, revision, access)
     family = Family.read(folder)
-    offered = ([] if family.backbone_trained else [1]) + family.streams
+    offered = ([] if family.backbone_trained else [1]) + family.p_values
     if p is not None and (type(p) is not int or p not in offered):
         raise FamilyError(f"{source} offers P = {listed(offered)}, got p={p!r}.")
     members = read_members(folder, family)
@@ -108,7 +109,7 @@ def load(
         **backbone_options,
     )
     peft_model = attach(model, members, folder)
-    if p is not None or family.streams:
+    if p is not None or family.p_values:
         set_p(peft_model, max(offered) if p is None else p)
     return peft_model
 
@@ -151,7 +152,7 @@ def save_family(model: PeftModelForCausalLM, folder: Path, backbone: Fingerprint
         backbone: Fingerprint of the source that the backbone was loaded from.
     """
     sha256 = {}
-    streams: list[int] = []
+    p_values: list[int] = []
     configs = parscale_configs(model)
     shared: dict[str, Any] = {
         "fingerprint": backbone.to_dict(),
@@ -160,15 +161,15 @@ def save_family(model: PeftModelForCausalLM, folder: Path, backbone: Fingerprint
         "inference_mode": True,
     }
     for adapter, config in configs.items():
-        for p in config.heads or []:
+        for p in config.p_values or []:
             name = CONTROL if p == 1 else f"p{p}"
             starts = config.start_token_ids and config.start_token_ids[:p]
-            member = replace(config, num_streams=p, heads=[p], start_token_ids=starts, **shared)
+            member = replace(config, num_streams=p, p_values=[p], start_token_ids=starts, **shared)
             write_adapter(folder / name, member, member_state(model, adapter, p))
             sha256[f"{name}/{WEIGHTS}"] = file_sha256(folder / name / WEIGHTS)
-            streams += [p] if p > 1 else []
+            p_values += [p] if p > 1 else []
     family = Family(
-        streams=sorted(streams),
+        p_values=sorted(p_values),
         nested=NESTED in configs,
         control=CONTROL in configs,
         backbone=backbone.id,

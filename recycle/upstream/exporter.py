@@ -9,10 +9,13 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from torch import Tensor
 
+from recycle.backbone.fingerprint import Fingerprint, differences, fingerprint_files
+from recycle.backbone.source import INDEX, SINGLE, SourceFiles, read_config
+from recycle.family.folder import BACKBONE, CONFIG, Family, Member, find_folder, read_members
+from recycle.family.switch import listed
+from recycle.parscale.config import ParScaleConfig
+
 from .checkpoint import check_new, model_files, model_tensors, new_folder
-from .config import ParScaleConfig
-from .fingerprint import Fingerprint, differences, fingerprint_files
-from .folder import BACKBONE, CONFIG, Family, Member, find_folder, read_members
 from .layout import (
     BIASES,
     EMBEDDING,
@@ -28,8 +31,6 @@ from .layout import (
     to_theirs,
 )
 from .qwen2 import upstream_config
-from .source import INDEX, SINGLE, SourceFiles, read_config
-from .switch import listed
 from .tensors import CheckpointError, Stored, difference, write_tensors
 
 STREAMS_FILE = "model-parscale.safetensors"  # beside the shards of a backbone that has several
@@ -74,7 +75,7 @@ def export_checkpoint(
     folder = find_folder(source, revision)
     family = Family.read(folder)
     p = _chosen_p(family, p, str(source))
-    member = next(m for m in read_members(folder, family) if p in (m.config.heads or []))
+    member = next(m for m in read_members(folder, family) if p in (m.config.p_values or []))
     files = _backbone(folder, family, member.config, str(source), backbone)
     held = model_tensors(files)
     raw = read_config(files)
@@ -98,7 +99,7 @@ def export_checkpoint(
 
 
 def _chosen_p(family: Family, p: int | None, source: str) -> int:
-    if not family.streams:
+    if not family.p_values:
         raise CheckpointError(
             f"{source} is a control, one stream with a prefix, and upstream's format knows no "
             "prefix where parscale_n = 1. Export an adapter of two or more streams."
@@ -106,11 +107,11 @@ def _chosen_p(family: Family, p: int | None, source: str) -> int:
     if p == 1:
         raise CheckpointError(
             f"P = 1 is the untouched backbone, {family.backbone}, and there is nothing to add to "
-            f"it; {source} exports with P = {listed(family.streams)}."
+            f"it; {source} exports with P = {listed(family.p_values)}."
         )
-    if p is not None and p not in family.streams:
-        raise CheckpointError(f"{source} exports with P = {listed(family.streams)}, got {p}.")
-    return max(family.streams) if p is None else p
+    if p is not None and p not in family.p_values:
+        raise CheckpointError(f"{source} exports with P = {listed(family.p_values)}, got {p}.")
+    return max(family.p_values) if p is None else p
 
 
 def _backbone(

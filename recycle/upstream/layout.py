@@ -34,7 +34,7 @@ class Sizes(NamedTuple):
 
     p: int
     n: int
-    heads: int
+    num_key_value_heads: int
     head_dim: int
     width: int
     layers: int
@@ -61,9 +61,9 @@ def is_new(name: str) -> bool:
 
 def new_shapes(sizes: Sizes) -> dict[str, tuple[int, ...]]:
     """The shape of every tensor that upstream adds."""
-    p, n, heads, head_dim, width, layers = sizes
+    p, n, num_key_value_heads, head_dim, width, layers = sizes
     prefixes = {
-        f"model.layers.{layer}.self_attn.prefix_{kind}": (p, heads, n, head_dim)
+        f"model.layers.{layer}.self_attn.prefix_{kind}": (p, num_key_value_heads, n, head_dim)
         for layer in range(layers)
         for kind in "kv"
     }

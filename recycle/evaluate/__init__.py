@@ -1,0 +1,1 @@
+"""What is measured of the backbone, the control and each P: losses, speed, cache size."""

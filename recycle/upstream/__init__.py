@@ -1,0 +1,18 @@
+"""The checkpoint format of QwenLM/ParScale, in and out.
+
+Reading order: `layout.py` (its names and shapes), `importer.py` and `exporter.py` (the two ways),
+`qwen2.py` (its config.json), `checkpoint.py` and `tensors.py` (its files).
+"""
+
+from .checkpoint import Checkpoint
+from .exporter import export_checkpoint
+from .importer import compare_backbone, import_checkpoint
+from .tensors import CheckpointError
+
+__all__ = [
+    "Checkpoint",
+    "CheckpointError",
+    "compare_backbone",
+    "export_checkpoint",
+    "import_checkpoint",
+]
