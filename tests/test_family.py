@@ -156,7 +156,7 @@ def test_family_file(family, backbone):
     }
     assert content == {
         "version": 1,
-        "streams": [2, 4],
+        "p_values": [2, 4],
         "nested": content["nested"],
         "control": True,
         "backbone": str(backbone),
@@ -324,7 +324,7 @@ def _(folder, backbone):
 
 @damage("family.json lacks a key")
 def _(folder, backbone):
-    (folder / "family.json").write_text('{"version": 1, "streams": [2, 4]}')
+    (folder / "family.json").write_text('{"version": 1, "p_values": [2, 4]}')
     return "family.json is torn or no family file.*nested"
 
 

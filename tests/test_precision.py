@@ -163,7 +163,7 @@ def test_without_the_switch_nf4_loses_its_gradients(
     no_biases: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What the test before this one guards against, and that training does not pass it over."""
-    for module in ("recycle.parscale.model",):
+    for module in ("recycle.backbone.loading", "recycle.parscale.model"):
         room = importlib.import_module(module)
         monkeypatch.setattr(room, "keep_gradients_of_4bit_layers", lambda model: None)
     model, ids = streamed(no_biases, "nf4"), token_ids(2, 24)

@@ -385,7 +385,7 @@ def test_logging_steps_thin_the_log_and_nothing_else(workshop: Any, tmp_path: Pa
 def test_an_independent_family(workshop: Any, tmp_path: Path) -> None:
     tiny = workshop(**{"method.nested": False})
     trainings = tiny.train_all(tmp_path)
-    assert [(training.name, training.streams) for training in trainings] == [
+    assert [(training.name, training.p_values) for training in trainings] == [
         ("p4", (4,)),
         ("p2", (2,)),
         ("control", (1,)),

@@ -21,6 +21,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from .errors import BackboneError, first_line
 from .fingerprint import Fingerprint, fingerprint_files
 from .package import NOTES, PACKAGE_SCHEME, dequantised
+from .repacking import keep_gradients_of_4bit_layers
 from .source import (
     SourceError,
     SourceFiles,
@@ -179,6 +180,7 @@ def _load_model(
             f"the weights of {id!r} do not fit its config.json: {len(wrong)} tensors are "
             f"missing or of another shape, {wrong[0]!r} among them: get the model anew"
         )
+    keep_gradients_of_4bit_layers(model)
     return model.eval().requires_grad_(False)
 
 

@@ -10,6 +10,8 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 from transformers import PreTrainedModel
 
+from recycle.backbone.repacking import keep_gradients_of_4bit_layers
+
 from .config import ParScaleConfig
 from .initialise import locate_attention, start_from, text_start
 from .prefix import PREFIX_CHILD, StreamLayer, StreamPrefix
@@ -144,14 +146,3 @@ class ParScaleModel(BaseTuner):
         if hasattr(self.model, "peft_config"):
             del self.model.peft_config
         return self.model
-
-
-def keep_gradients_of_4bit_layers(model: PreTrainedModel) -> None:
-    """Switch off bitsandbytes' repacking of nf4 weights on AVX512-BF16 CPUs.
-
-    It happens at the first forward pass in eval mode, and the gradients of everything below
-    silently become None from then on.
-    """
-    for module in model.modules():
-        if type(module).__name__ == "Linear4bit":
-            module.support_avx512bf16_for_cpu = False
