@@ -5,13 +5,17 @@ at once.
 import errno
 import io
 import logging
+import os
 import shlex
 import sys
 import warnings
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
+
+from .errors import RecycleError
 
 app = typer.Typer(
     name="recycle",
@@ -32,7 +36,7 @@ EXTRAS = {
     "matplotlib": "train",
     "gguf": "demo",
 }
-# What is the matter with a disk or a path, which the user can mend.
+# What is wrong with a disk or a path, which the user can put right.
 PATH_ERRORS = (
     *(errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS),
     *(errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EEXIST),
@@ -51,6 +55,16 @@ Overrides = Annotated[
 ]
 Run = Annotated[
     str, typer.Argument(metavar="RUN", help="A run folder, an adapter folder or a Hub id.")
+]
+
+NumStreams = Annotated[
+    int | None, typer.Option("--p", help="Streams; the most that there are by default.")
+]
+Moved = Annotated[
+    str | None,
+    typer.Option(
+        "--backbone", help="Where the backbone lies now, if not where the run recorded it."
+    ),
 ]
 
 
@@ -73,33 +87,60 @@ def _common(
 
 
 @app.command()
-def run(target: Target, overrides: Overrides = None) -> None:
+def run(
+    target: Target,
+    overrides: Overrides = None,
+    new: Annotated[
+        bool, typer.Option("--new", help="Start anew, in the next free folder (runs/demo-2, …).")
+    ] = False,
+) -> None:
     """Recycle a model: train streams on it, compare, and write a run folder.
 
     The same command again goes on with an unfinished run and shows a finished one's results.
     """
-    from .recipe import resolve
+    from .recipe import RecipeError, resolve
+    from .run.folder import find_run, finish, kept
 
     resolved = resolve(target, overrides or [])
     console.print(f"Recipe: {resolved.chosen}")
+    found = find_run(resolved.recipe, new)
+    if found.results is None and resolved.missing:
+        raise RecipeError(resolved.chosen, resolved.missing)
+    if found.results is not None:
+        from .results import rich_table
+
+        finish(found)
+        console.print(f"{found.folder} is finished; its results (--new starts another run):")
+        console.print(rich_table(found.results))
+        return
     try:
         _quiet_libraries()
-        from .run import run as run_recipe
+        from .run.story import run_recipe
 
-        run_recipe(resolved, shlex.join(["recycle", *sys.argv[1:]]), console)
+        run_recipe(found, _command(), console)
     except KeyboardInterrupt:
-        _fail("Stopped. The same command goes on from the last checkpoint.", 130)
+        _fail(kept(found.folder), 130)
 
 
 @app.command()
-def show(target: Target, overrides: Overrides = None) -> None:
-    """Print the resolved recipe with where each value is from."""
-    from .recipe import resolve
+def show(
+    target: Annotated[
+        str | None, typer.Argument(help="As for run; without it, the shipped recipes are listed.")
+    ] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Print the resolved recipe, where each value is from, and what follows from it."""
+    from .recipe import listing, resolve
     from .recipe import show as show_recipe
 
+    if target is None:
+        print(listing().rstrip())
+        return
     resolved = resolve(target, overrides or [])
     print(f"# {resolved.chosen}")
     print(show_recipe(resolved).rstrip())
+    for missing in resolved.missing:
+        print(f"# missing: {missing}")
 
 
 @app.command()
@@ -108,6 +149,7 @@ def eval(
     out: Annotated[
         str | None, typer.Option(help="Write the new results to this JSON file; must not exist.")
     ] = None,
+    backbone: Moved = None,
     overrides: Annotated[
         list[str] | None,
         typer.Argument(
@@ -118,28 +160,33 @@ def eval(
     ] = None,
 ) -> None:
     """Measure a finished run again: the same adapters on the same documents, on this machine."""
-    _quiet_libraries()
-    from .run import evaluate_again
+    from .run.folder import find_finished
 
-    evaluate_again(source, overrides or [], out, shlex.join(["recycle", *sys.argv[1:]]), console)
+    finished = find_finished(source, overrides or [], out, backbone)
+    _quiet_libraries()
+    from .run.remeasurement import measure_again
+
+    measure_again(finished, out, _command(), console)
 
 
 @app.command()
 def generate(
     source: Run,
     prompt: Annotated[str, typer.Option(help="Text to go on with; - reads standard input.")],
-    p: Annotated[
-        int | None, typer.Option("--p", help="Streams; the most that there are by default.")
-    ] = None,
+    p: NumStreams = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.", min=1)] = 128,
     chat: Annotated[bool, typer.Option(help="Put the prompt into the chat template.")] = False,
+    backbone: Moved = None,
 ) -> None:
     """Generate text greedily with a finished run."""
-    _quiet_libraries()
-    from .decode.text import generate_text
+    from .family.record import check_source
 
-    text = sys.stdin.read() if prompt == "-" else prompt
-    generate_text(source, text, p, max_new_tokens, chat)
+    check_source(source, p)
+    text = _standard_input() if prompt == "-" else prompt
+    _quiet_libraries()
+    from .decode import generate_text
+
+    generate_text(source, text, p, max_new_tokens, chat, backbone)
 
 
 @app.command(name="import")
@@ -159,8 +206,13 @@ def import_(
 
     A checkpoint of one stream has no adapter in it: it becomes a plain Qwen2 model.
     """
+    for new in (out, backbone_out):
+        if new is not None:
+            _check_new(new)
+    if checkpoint.startswith((".", "/", "~")) and not Path(checkpoint).expanduser().is_dir():
+        raise RecycleError(f"{checkpoint!r} is no folder here. Name a folder or a Hub id.")
     _quiet_libraries()
-    from .upstream.importer import import_checkpoint
+    from .upstream import import_checkpoint
 
     folder = import_checkpoint(checkpoint, out, backbone=backbone, backbone_out=backbone_out)
     one_stream = f"{checkpoint} has one stream (parscale_n = 1), so no prefix and no adapter"
@@ -177,17 +229,16 @@ def import_(
 def export(
     source: Run,
     out: Annotated[str, typer.Option(help="Folder for the checkpoint; must not exist.")],
-    p: Annotated[
-        int | None, typer.Option("--p", help="Streams; the most that there are by default.")
-    ] = None,
-    backbone: Annotated[
-        str | None,
-        typer.Option(help="Where the backbone lies now, if not where the run recorded it."),
-    ] = None,
+    p: NumStreams = None,
+    backbone: Moved = None,
 ) -> None:
     """Write a checkpoint that the code of QwenLM/ParScale loads: the inverse of import."""
+    from .family.record import check_source
+
+    _check_new(out)
+    check_source(source, p)
     _quiet_libraries()
-    from .upstream.importer import export_checkpoint
+    from .upstream import export_checkpoint
 
     folder = export_checkpoint(source, out, p=p, backbone=backbone)
     console.print(
@@ -197,7 +248,7 @@ def export(
 
 
 def main() -> None:
-    """Run the command; say what the user can mend in one message and exit with status 2."""
+    """Run the command; say what the user can put right in one message and exit with status 2."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal without a minus sign or a ±
@@ -213,12 +264,28 @@ def main() -> None:
         if error.errno not in PATH_ERRORS:
             raise
         where = f" ({error.filename})" if error.filename else ""
-        _fail(f"{error.strerror}{where}. Mend that, then give the same command again.", 2)
-    except (ValueError, RuntimeError) as error:
-        # Our own errors are about what was asked for; others are bugs and keep their traceback.
-        if not type(error).__module__.startswith("recycle."):
-            raise
+        _fail(f"{error.strerror}{where}. Put that right, then give the same command again.", 2)
+    except RecycleError as error:
         _fail(str(error), 2)
+
+
+def _command() -> str:
+    return shlex.join(["recycle", *sys.argv[1:]])
+
+
+def _check_new(folder: str) -> None:
+    if os.path.lexists(os.path.expanduser(folder)):
+        raise RecycleError(f"{folder} exists already and is not overwritten. Name a new folder.")
+
+
+def _standard_input() -> str:
+    """The text on standard input."""
+    if sys.stdin is None or sys.stdin.closed:
+        _fail("--prompt - reads standard input, which is closed. Give the text to --prompt.", 2)
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        _fail(f"The prompt on standard input is not text in UTF-8 ({error.reason}).", 2)
 
 
 def _quiet_libraries() -> None:
@@ -232,6 +299,6 @@ def _quiet_libraries() -> None:
         warnings.simplefilter("ignore", FutureWarning)
 
 
-def _fail(message: str, status: int) -> None:
+def _fail(message: str, status: int) -> NoReturn:
     Console(stderr=True, soft_wrap=True).print(f"recycle: {message}", markup=False, highlight=False)
     raise SystemExit(status) from None

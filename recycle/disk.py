@@ -1,8 +1,14 @@
-"""Files: written whole or not at all, and known by their hash."""
+"""Files and paths: written in one piece, known by their hash, and with ~ filled in."""
 
 import hashlib
 import os
+import re
 from pathlib import Path
+
+from .errors import RecycleError
+
+# What torch says when it cannot write a file.
+TORCH_WRITER = "PytorchStreamWriter|iostream error|unexpected pos"
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -23,3 +29,27 @@ def file_sha256(path: Path) -> str:
     """SHA-256 of a file, in hex."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def expand(path: str | os.PathLike[str]) -> Path:
+    """A path with its leading ~ filled in.
+
+    Raises:
+        RecycleError: There is no home folder to fill in.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise RecycleError(
+            f"{path} begins with the home folder, and this user has none. Write the path in full."
+        ) from None
+
+
+def is_write_failure(error: Exception) -> bool:
+    """Whether an exception is a disk's fault: torch, safetensors and tokenizers have their own."""
+    return (
+        isinstance(error, OSError)
+        or type(error).__name__ == "SafetensorError"
+        or type(error) is Exception  # of tokenizers
+        or (isinstance(error, RuntimeError) and re.search(TORCH_WRITER, str(error)) is not None)
+    )

@@ -35,10 +35,10 @@ from transformers import DynamicCache, PreTrainedModel
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from recycle import results
-from recycle.backbone import load
+from recycle.backbone import load_backbone
 from recycle.family import use_p
 from recycle.parscale import ParScaleConfig
-from recycle.parscale.prefix import PREFIX_CHILD
+from recycle.parscale.prefix import StreamPrefix
 from recycle.recipe import Backbone
 
 AIMS = {"training": 1.15, "prefill": 1.15, "decode": 1.25}
@@ -86,7 +86,7 @@ def main() -> None:
     options = arguments()
     try:
         section = Backbone(id=options.model, dtype=options.dtype)
-        backbone, _, source = load(section, options.device)
+        backbone, _, source = load_backbone(section, options.device)
     except ValueError as error:
         sys.exit(str(error))
     torch.manual_seed(0)
@@ -137,7 +137,7 @@ def check(ours: PeftModelForCausalLM, bare: PreTrainedModel, p: int, tokens: Ten
     """
     cache = DynamicCache(config=bare.config)
     for module in ours.modules():
-        prefix = module._modules.get(PREFIX_CHILD)
+        prefix = module._modules.get(StreamPrefix.child_name)
         if prefix is not None:
             keys, values = prefix.parscale_keys["default"], prefix.parscale_values["default"]
             rows = (x[:p].repeat(len(tokens), 1, 1, 1).to(bare.dtype) for x in (keys, values))

@@ -9,6 +9,7 @@ nothing, where one is neither or has lost its support; to accept a loss, remove 
 """
 
 import argparse
+import ast
 import hashlib
 import json
 import subprocess
@@ -43,18 +44,33 @@ from tests.families.verdict import (  # noqa: E402
 RECORD = ROOT / "scripts" / "measured" / "families.json"
 TABLE = RECORD.with_suffix(".md")
 # What decides a verdict, besides the libraries.
-SOURCES = (
-    *(f"recycle/parscale/{name}.py" for name in ("aggregator", "cache", "config", "fallback")),
-    *(f"recycle/parscale/{name}.py" for name in ("initialise", "model", "prefix")),
-    *(f"recycle/parscale/{name}.py" for name in ("register", "streams", "switch")),
-    *(f"tests/families/{name}.py" for name in ("configs", "checks", "verdict")),
-)
+PATTERNS = ("recycle/parscale/*.py", "recycle/family/switch.py", "tests/families/*.py")
 WORKERS = 2
 
 
-def sources_sha256() -> str:
-    """Of the files in `SOURCES`, one after the other."""
-    return hashlib.sha256(b"".join((ROOT / name).read_bytes() for name in SOURCES)).hexdigest()
+def sources(root: Path = ROOT) -> list[Path]:
+    """The files that decide a verdict."""
+    return sorted(path for pattern in PATTERNS for path in root.glob(pattern))
+
+
+def sources_sha256(root: Path = ROOT) -> str:
+    """Of the code in these files, without comments and docstrings."""
+    code = (f"{path.relative_to(root)}\n{_code(path)}" for path in sources(root))
+    return hashlib.sha256("\n".join(code).encode()).hexdigest()
+
+
+def _code(path: Path) -> str:
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if not isinstance(body, list):
+            continue
+        node.body = [  # type: ignore[attr-defined]
+            line
+            for line in body
+            if not (isinstance(line, ast.Expr) and isinstance(line.value, ast.Constant))
+        ]
+    return ast.dump(tree)
 
 
 def versions() -> dict[str, str]:
@@ -81,7 +97,7 @@ def record(verdicts: dict[str, Verdict], seconds: float) -> dict[str, Any]:
     """What is kept."""
     git = ["git", "-C", str(ROOT)]
     commit = subprocess.check_output([*git, "rev-parse", "--short", "HEAD"], text=True).strip()
-    changed = subprocess.check_output([*git, "status", "--porcelain", *SOURCES], text=True)
+    changed = subprocess.check_output([*git, "status", "--porcelain", *PATTERNS], text=True)
     return {
         "date": datetime.now(UTC).date().isoformat(),
         "commit": commit + (" and changes" if changed else ""),

@@ -21,13 +21,15 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from recycle import backbone as backbones
 from recycle import results
-from recycle.progress import Display
+from recycle.errors import RecycleError
+from recycle.progress import display
 from recycle.recipe import resolve
-from recycle.run.measure import prepare_data
-from recycle.run.record import device_of, hardware, with_dtype
-from recycle.train import add_adapter, jobs, train
+from recycle.run.folder import Found
+from recycle.run.machine import describe
+from recycle.run.materials import load_materials
+from recycle.run.plan import plan_run
+from recycle.train import add_adapter, train
 
 
 def main() -> None:
@@ -39,26 +41,30 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="write the losses there as JSON")
     options, overrides = parser.parse_known_args()
     rates = [float(rate) for rate in options.rates.split(",")]
-    try:
-        recipe = resolve(options.target, overrides).recipe
-        device = device_of(recipe)
-        model, tokenizer, _ = backbones.load_backbone(with_dtype(recipe.backbone, device), device)
-        splits = prepare_data(recipe, tokenizer)
-    except ValueError as error:
-        sys.exit(str(error))
-    dtype = str(model.dtype).removeprefix("torch.")
-
     losses: dict[float, dict[str, float]] = {0.0: {}} | {rate: {} for rate in rates}
     curves: list[dict[str, Any]] = []
     console = Console()
-    with Display(console) as display, tempfile.TemporaryDirectory() as scratch:
-        for job in jobs(recipe):
+    with display(console) as progress, tempfile.TemporaryDirectory() as scratch:
+        try:
+            recipe = resolve(options.target, overrides).recipe
+            plan = plan_run(Found(recipe, Path(scratch), None))
+            materials = load_materials(plan, progress)
+        except RecycleError as error:
+            sys.exit(str(error))
+        model: Any = materials.model
+        dtype, splits = str(model.dtype).removeprefix("torch."), materials.splits
+        for training in plan.trainings:
             for rate in rates:
-                adapted = add_adapter(model, job, recipe, splits.starts)
-                folder = Path(scratch) / f"{job.adapter}-{rate}"
-                tried = replace(job, prefix_learning_rate=rate)
-                display.say(f"{job.adapter} at {rate:g}")
-                record = train(adapted, tokenizer, tried, splits, recipe, folder, display)
+                tried = replace(
+                    training,
+                    learning_rates={**training.learning_rates, "prefix": rate},
+                    folder=Path(scratch) / f"{training.adapter}-{rate}",
+                )
+                quantization = recipe.backbone.quantization
+                adapted = add_adapter(model, tried, recipe.method, splits.starts, quantization)
+                progress.say(f"{training.adapter} at {rate:g}")
+                size = recipe.evaluation.batch_size
+                record = train(adapted, tried, splits.train, splits.validation, size, progress)
                 model = adapted.unload()
                 losses[0.0] |= record.curve[0].validation_loss  # before the first step
                 losses[rate] |= record.curve[-1].validation_loss
@@ -73,7 +79,7 @@ def main() -> None:
         content = {
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "command": shlex.join(["python", *sys.argv]),
-            "hardware": hardware(device).model_dump(mode="json"),
+            "hardware": describe(plan.device).model_dump(mode="json"),
             "dtype": dtype,
             "packages": results.packages(),
             "recipe": recipe.model_dump(mode="json"),

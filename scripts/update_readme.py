@@ -1,257 +1,217 @@
-"""Write the measured tables into README.md from the JSON files that the repository keeps.
+"""Write the measured tables: the demo's into README.md, all into scripts/measured/README.md.
 
-    python scripts/update_readme.py            # from scripts/measured/
-    python scripts/update_readme.py --check    # change nothing, fail if README.md is stale
+    python scripts/update_readme.py            # from the records in scripts/measured/
+    python scripts/update_readme.py --check    # change nothing; fail if a table is out of date
 
-New measurements are kept first: --demo runs/demo/results.json, --bench bench.json,
---rates rates.json, --starts TEXT.json RANDOM.json, --in-4bit DEMO-4BIT.json ON-BFLOAT16.json
-DEMO-ON-4BIT.json (results of demo-4bit; of `recycle eval` of it on bfloat16; of demo on nf4).
+To keep a new measurement, copy its JSON over the record of the same kind in scripts/measured/.
 """
 
 import argparse
 import json
-import re
-import shutil
 import statistics
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from recycle import results  # noqa: E402
-from recycle.report.result import findings  # noqa: E402
+from recycle.report import list_warnings, state_findings  # noqa: E402
+from recycle.report.markdown import bullets, format_table, join_blocks  # noqa: E402
 
 MEASURED = ROOT / "scripts" / "measured"
-DEMO = MEASURED / "demo-cpu.json"
-BENCH = MEASURED / "bench-overhead-cpu.json"
-RATES = MEASURED / "learning-rates-cpu.json"
-TEXT = MEASURED / "start-text-cpu.json"
-RANDOM = MEASURED / "start-random-cpu.json"
-IN_4BIT = MEASURED / "demo-4bit-cpu.json"
-OFF_4BIT = MEASURED / "demo-4bit-on-bfloat16-cpu.json"
-ON_4BIT = MEASURED / "demo-on-4bit-cpu.json"
-
-Losses = Mapping[str, tuple[float, ...]]  # by model, of each document
+OPENING, CLOSING = "<!-- demo: made by scripts/update_readme.py -->", "<!-- /demo -->"
+INTRODUCTION = """\
+Made by `python scripts/update_readme.py` from the records in this folder. Losses are in nats per
+token on documents that training did not see; lower is better; ± is one standard error.
+**backbone** is the untouched model. **control** is plain prefix tuning: one stream with a prefix,
+trained on the same text. Which model types can have streams is in [families.md](families.md)."""
 
 
-def markdown(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
-    """A Markdown table."""
-    lines = [header, ("---",) * len(header), *rows]
-    return ["| " + " | ".join(cells) + " |" for cells in lines]
+def read(name: str) -> results.Results:
+    """The record of a run or of `recycle eval`."""
+    return results.read(MEASURED / f"{name}.json")
 
 
-def demo_section() -> str:
-    """The demo's table, with what it was measured on."""
-    record = results.read(DEMO)
-    hardware = record.hardware
-    return "\n".join(
-        [
-            *markdown(results.COLUMNS, results.table(record)),
-            "",
-            f"`{record.command}`: {record.training[0].tokens:,} tokens, {len(record.documents)} "
-            f"held-out documents, nats per token, on {hardware.cores} cores ({hardware.cpu}, "
-            f"{record.backbone.dtype}), {record.date:%Y-%m-%d}. The backbone is dequantised from 4 "
-            "bits and has likely read this data before: [what that means](#what-it-does-not-do).",
-        ]
+def describe(record: results.Results) -> str:
+    """How a record was made: command, size, date and hardware."""
+    hardware, documents = record.hardware, record.documents
+    machine = hardware.gpu or f"{hardware.cores} cores ({hardware.cpu})"
+    tokens = record.training[0].tokens
+    return (
+        f"`{record.command}`: {f'{tokens:,} training tokens' if tokens else 'no training'}, "
+        f"{len(documents)} test documents of {documents[0].tokens} tokens. "
+        f"{record.date:%Y-%m-%d}, {machine}, {results.precision(record.backbone)}."
     )
 
 
-def findings_section() -> str:
-    """What the demo's table says in words."""
-    record = results.read(DEMO)
-    return "\n".join(
-        [
-            "What the demo's table says, in nats per token ± one standard error:",
-            "",
-            *(f"- {x}" for x in findings(record)),
-        ]
+def demo_table() -> str:
+    """The demo's table, and how small the run is."""
+    record = read("demo-cpu")
+    return join_blocks(
+        format_table(results.tabulate(record)),
+        results.shared_training(record),
+        f"A demonstration, kept small to be quick. {describe(record)}",
+    ).rstrip()
+
+
+def demo() -> str:
+    """The demo."""
+    record = read("demo-cpu")
+    return join_blocks(
+        "A run of a few minutes on a CPU, too small to tell what P brings with a real budget. In "
+        "nats per token:",
+        bullets(state_findings(record)),
+        demo_table(),
+        "Before you believe it:",
+        bullets(list_warnings(record)),
     )
 
 
-def bench_section() -> str:
-    """The overhead over the work that cannot be avoided."""
-    record = json.loads(BENCH.read_text())
-    header = ("P", "training", "prefill", "decode")
-    rows = [
-        (row["p"], *(f"{row[phase]:.2f}" for phase in ("training", "prefill", "decode")))
-        for row in record["rows"]
-    ]
-    return "\n".join(
-        [
-            "Time of our step as a ratio to the bare backbone's at batch P·B, the work that "
-            "cannot be avoided (aim: 1.15, 1.15, 1.25):",
-            "",
-            *markdown(header, [tuple(map(str, row)) for row in rows]),
-            "",
-            f"`{record['command']}`, {record['date'][:10]}, {record['hardware']}.",
-        ]
-    )
-
-
-def rates_section() -> str:
-    """Validation losses by learning rate."""
-    record = json.loads(RATES.read_text())
-    names = list(next(iter(record["losses"].values())))
-    rows = [
-        (f"{float(rate):g}" if float(rate) else "untrained", *(f"{row[n]:.4f}" for n in names))
-        for rate, row in record["losses"].items()
-    ]
-    return "\n".join(
-        [
-            "The learning rates of the demo are those of the lowest validation loss, from the same "
-            "search for every adapter:",
-            "",
-            *markdown(("prefix learning rate", *names), rows),
-            "",
-            f"`{record['command']}`, {len(record['validation_documents'])} validation documents, "
-            f"{record['date'][:10]}, {record['hardware']['cpu']}, {record['dtype']}.",
-        ]
-    )
-
-
-def starts_section() -> str:
-    """The two starts before any training."""
-    rows = []
-    for start, path in (("text", TEXT), ("random", RANDOM)):
-        record = results.read(path)
+def starts() -> str:
+    """Text start and random start."""
+    runs = {"text": read("start-text-cpu"), "random": read("start-random-cpu")}
+    rows = [("start", "model", "held-out loss", "− backbone ± se")]
+    told = []
+    for start, record in runs.items():
         for model in record.models[1:]:
             difference = results.format_difference(model.minus_backbone)
             rows.append((start, model.name, f"{model.loss:.4f}", difference))
-    header = ("start", "model", "held-out loss", "− backbone ± se")
-    return "\n".join(
-        [
-            "The start before any training, which is why text is the default:",
-            "",
-            *markdown(header, rows),
-            "",
-            f"`{results.read(TEXT).command}` and the same with `method.init=random`, "
-            f"{len(record.documents)} held-out documents, {record.date:%Y-%m-%d}.",
-        ]
+        told.append(f"{difference} with a {start} start")
+    return join_blocks(
+        f"Before any training, {model.name} minus backbone is {' and '.join(told)}. This is why "
+        "text is the default. On other text, or in shorter blocks, a text start can be worse than "
+        "the backbone.",
+        format_table(rows),
+        *map(describe, runs.values()),
     )
 
 
-def in_4bit_section() -> str:
-    """The demo's adapters trained and measured on nf4 and on bfloat16, in all four ways."""
-    run, off, on = (results.read(path) for path in (IN_4BIT, OFF_4BIT, ON_4BIT))
-    if not run.documents == off.documents == on.documents:
-        sys.exit(f"{IN_4BIT}, {OFF_4BIT} and {ON_4BIT} are not of the same test documents.")
-    if off.first is None or on.first is None or off.first.date != run.date:
-        sys.exit(f"{OFF_4BIT} and {ON_4BIT} must be of `recycle eval`, the former of {IN_4BIT}.")
-    nf4_throughout = {model.name: model.losses for model in run.models}
-    nf4_then_bfloat16 = {model.name: model.losses for model in off.models}
-    bfloat16_throughout = on.first.losses
-    bfloat16_then_nf4 = {model.name: model.losses for model in on.models}
-
-    def losses(of: Losses) -> list[str]:
-        return [f"{statistics.fmean(of[name]):.4f}" for name in nf4_throughout]
-
-    def minus(a: Losses, b: Losses) -> list[str]:
-        same = [
-            a[name] == b[name] for name in nf4_throughout
-        ]  # the backbone, in the same precision
-        found = [results.paired_difference(a[name], b[name]) for name in nf4_throughout]
-        return ["" if x else results.format_difference(y) for x, y in zip(same, found, strict=True)]
-
+def rates() -> str:
+    """Learning rates of the demo."""
+    record = json.loads((MEASURED / "learning-rates-cpu.json").read_text())
+    losses: Mapping[str, Mapping[str, float]] = record["losses"]  # by rate, by model
+    names = list(next(iter(losses.values())))
+    best = {name: min(losses, key=lambda rate: losses[rate][name]) for name in names}
     rows = [
-        ("trained on nf4, measured on nf4", *losses(nf4_throughout)),
-        ("trained on nf4, measured on bfloat16", *losses(nf4_then_bfloat16)),
-        ("trained on bfloat16, measured on bfloat16", *losses(bfloat16_throughout)),
-        ("trained on bfloat16, measured on nf4", *losses(bfloat16_then_nf4)),
-        ("trained on nf4: on bfloat16 − on nf4 ± se", *minus(nf4_then_bfloat16, nf4_throughout)),
-        (
-            "trained on bfloat16: on nf4 − on bfloat16 ± se",
-            *minus(bfloat16_then_nf4, bfloat16_throughout),
-        ),
-        (
-            "measured on nf4: trained on nf4 − on bfloat16 ± se",
-            *minus(nf4_throughout, bfloat16_then_nf4),
-        ),
-        (
-            "measured on bfloat16: trained on nf4 − on bfloat16 ± se",
-            *minus(nf4_then_bfloat16, bfloat16_throughout),
-        ),
+        (f"{float(rate):g}" if float(rate) else "untrained", *(f"{row[n]:.4f}" for n in names))
+        for rate, row in losses.items()
     ]
-    return "\n".join(
-        [
-            "The demo with its backbone in nf4 (4 bits) and in bfloat16, in training and in "
-            "measuring; held-out loss in nats per token:",
-            "",
-            *markdown(("", *nf4_throughout), rows),
-            "",
-            f"`{run.command}`, `recycle run demo`, `{off.command}` and `{on.command}`, "
-            f"{run.training[0].tokens:,} tokens, {len(run.documents)} held-out documents, "
-            f"{run.hardware.cores} cores ({run.hardware.cpu}), {on.date:%Y-%m-%d}. On nf4, trained "
-            "and measured:",
-            "",
-            *(f"- {x}" for x in findings(run)),
-        ]
+    told = ", ".join(f"{float(rate):g} ({name})" for name, rate in best.items())
+    return join_blocks(
+        f"The validation loss is lowest at a prefix learning rate of {told}. Every adapter had the "
+        "same search.",
+        format_table([("prefix learning rate", *names), *rows]),
+        f"`{record['command']}`: {record['trainings'][0]['tokens']:,} training tokens, "
+        f"{len(record['validation_documents'])} validation documents. {record['date'][:10]}, "
+        f"{record['hardware']['cores']} cores ({record['hardware']['cpu']}), {record['dtype']}.",
     )
 
 
-def updated(text: str) -> str:
-    """README.md with its measured sections made anew."""
-    sections = (
-        ("demo", demo_section()),
-        ("findings", findings_section()),
-        ("bench", bench_section()),
-        ("starts", starts_section()),
-        ("rates", rates_section()),
-        ("demo-4bit", in_4bit_section()),
-    )
-    for name, section in sections:
-        opening = f"<!-- {name}: made by scripts/update_readme.py -->"
-        closing = f"<!-- /{name} -->"
-        pattern = re.escape(opening) + ".*?" + re.escape(closing)
-        if not re.search(pattern, text, re.DOTALL):
-            sys.exit(f"README.md lacks the lines between which this goes:\n{opening}\n{closing}")
-        text = re.sub(
-            pattern, lambda _, s=section, o=opening, c=closing: f"{o}\n{s}\n{c}", text, flags=re.S
+def four_bits() -> str:
+    """The demo on a 4-bit backbone."""
+    run, off, on = map(read, ("demo-4bit-cpu", "demo-4bit-on-bfloat16-cpu", "demo-on-4bit-cpu"))
+    if off.first is None or on.first is None or off.first.date != run.date:
+        sys.exit("demo-4bit-on-bfloat16-cpu and demo-on-4bit-cpu must be by `recycle eval`.")
+    if not run.documents == off.documents == on.documents:
+        sys.exit("The records of the demo on a 4-bit backbone are not of the same documents.")
+    nf4, moved_off, moved_on = ({x.name: x.losses for x in r.models} for r in (run, off, on))
+    bfloat16 = on.first.losses
+
+    def minus(name: str, a: Mapping[str, Any], b: Mapping[str, Any]) -> tuple[str, ...]:
+        same_backbone = a[results.BACKBONE] == b[results.BACKBONE]
+        return name, *(
+            ""
+            if same_backbone and model == results.BACKBONE
+            else results.format_difference(results.paired_difference(a[model], b[model]))
+            for model in nf4
         )
-    return text
+
+    measured = {
+        "trained on nf4, measured on nf4": nf4,
+        "trained on nf4, measured on bfloat16": moved_off,
+        "trained on bfloat16, measured on bfloat16": bfloat16,
+        "trained on bfloat16, measured on nf4": moved_on,
+    }
+    rows = [
+        (k, *(f"{statistics.fmean(v[model]):.4f}" for model in nf4)) for k, v in measured.items()
+    ]
+    return join_blocks(
+        "Train in the precision that you serve in: on nf4 (4 bits), adapters trained on nf4 are "
+        "better, and on bfloat16, adapters trained on bfloat16 are.",
+        format_table(
+            [
+                ("", *nf4),
+                *rows,
+                minus("trained on nf4: on bfloat16 − on nf4 ± se", moved_off, nf4),
+                minus("trained on bfloat16: on nf4 − on bfloat16 ± se", moved_on, bfloat16),
+                minus("measured on nf4: trained on nf4 − on bfloat16 ± se", nf4, moved_on),
+                minus(
+                    "measured on bfloat16: trained on nf4 − on bfloat16 ± se", moved_off, bfloat16
+                ),
+            ]
+        ),
+        "These are runs of a longer demo, with data.block_size=256 data.validation_documents=8 "
+        "training.tokens=20k training.validation_steps=39 evaluation.speed=true.",
+        "Trained and measured on nf4:",
+        bullets(state_findings(run)),
+        *map(describe, (run, off, on)),
+    )
+
+
+def overhead() -> str:
+    """Overhead."""
+    record = json.loads((MEASURED / "bench-overhead-cpu.json").read_text())
+    phases = ("training", "prefill", "decode")
+    rows = [(str(row["p"]), *(f"{row[phase]:.2f}" for phase in phases)) for row in record["rows"]]
+    most = max(row[phase] for row in record["rows"] for phase in phases)
+    return join_blocks(
+        "Time of a step with P streams, divided by that of the bare backbone on a batch P times as "
+        f"large, which is work that no implementation can avoid: {most:.2f} at most.",
+        format_table([("P", *phases), *rows]),
+        f"`{record['command']}`. {record['date'][:10]}, {record['hardware']}.",
+    )
+
+
+SECTIONS = {
+    "Demo": demo,
+    "Text start and random start": starts,
+    "Learning rates of the demo": rates,
+    "The demo on a 4-bit backbone": four_bits,
+    "Overhead": overhead,
+}
+
+
+def measured_readme() -> str:
+    """scripts/measured/README.md."""
+    sections = (f"## {heading}\n\n{make()}".rstrip() for heading, make in SECTIONS.items())
+    return join_blocks("# Measured", INTRODUCTION, *sections)
+
+
+def update(readme: str) -> str:
+    """README.md with the demo's table made anew."""
+    before, opening, rest = readme.partition(OPENING)
+    _, closing, after = rest.partition(CLOSING)
+    if not opening or not closing:
+        sys.exit(f"README.md lacks the lines between which the table goes:\n{OPENING}\n{CLOSING}")
+    return f"{before}{OPENING}\n{demo_table()}\n{CLOSING}{after}"
 
 
 def main() -> None:
-    """Update or check README.md."""
+    """Write or check both files."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--demo", type=Path, help="results.json of a demo run, to keep")
-    parser.add_argument("--bench", type=Path, help="JSON of scripts/bench_overhead.py, to keep")
-    parser.add_argument(
-        "--rates", type=Path, help="JSON of scripts/search_learning_rate.py, to keep"
-    )
-    parser.add_argument(
-        "--starts", type=Path, nargs=2, help="results.json of text and random starts"
-    )
-    parser.add_argument(
-        "--in-4bit", type=Path, nargs=3, help="results.json of demo-4bit and of two evaluations"
-    )
     parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if stale")
-    arguments = parser.parse_args()
-    new_starts = arguments.starts or (None, None)
-    new_in_4bit = arguments.in_4bit or (None, None, None)
-    for new, kept in (
-        (arguments.demo, DEMO),
-        (arguments.bench, BENCH),
-        (arguments.rates, RATES),
-        (new_starts[0], TEXT),
-        (new_starts[1], RANDOM),
-        (new_in_4bit[0], IN_4BIT),
-        (new_in_4bit[1], OFF_4BIT),
-        (new_in_4bit[2], ON_4BIT),
-    ):
-        if new is not None:
-            MEASURED.mkdir(exist_ok=True)
-            shutil.copyfile(new, kept)
-    readme = ROOT / "README.md"
-    before = readme.read_text()
-    after = updated(before)
-    if not arguments.check:
-        readme.write_text(after)
-    elif after != before:
-        sys.exit("README.md is stale. Run python scripts/update_readme.py")
+    check = parser.parse_args().check
+    readme, measured = ROOT / "README.md", MEASURED / "README.md"
+    for path, text in ((readme, update(readme.read_text())), (measured, measured_readme())):
+        if not check:
+            path.write_text(text)
+        elif not path.exists() or path.read_text() != text:
+            sys.exit(f"{path.relative_to(ROOT)} is stale. Run python scripts/update_readme.py")
 
 
 if __name__ == "__main__":

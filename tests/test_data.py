@@ -18,8 +18,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedTokenizerFast
 
 from recycle.data import STDLIB, DataError, Splits, files, prepare, rows, training
-from recycle.data.evaluation import DOCUMENTS_PER_GROUP
+from recycle.data.evaluation import DOCUMENTS_PER_GROUP, EvaluationSplit, Kept
 from recycle.data.text import Text
+from recycle.progress import Silent
 from recycle.recipe import Data
 
 BLOCK = 16
@@ -104,7 +105,10 @@ def train_groups(splits: Splits, folder: Path, tokenizer: Any) -> set[str]:
 
 def test_shapes_and_counts(folder: Path, tokenizer: Any) -> None:
     splits = read(config(path=str(folder)), tokenizer)
-    assert splits.train.column_names == ["input_ids"]
+    assert splits.train.column_names == ["input_ids", "labels"]
+    assert splits.train["labels"] == splits.train["input_ids"]
+    assert all(x.labels == x.input_ids for x in (*splits.test, *splits.validation))
+    assert {x.predicted_tokens for x in splits.test} == {BLOCK - 1}
     assert [len(row) for row in splits.train["input_ids"]] == [BLOCK] * 20
     assert splits.train.cache_files == []
     assert (len(splits.validation), len(splits.test)) == (3, 6)
@@ -222,7 +226,10 @@ def test_a_small_budget_draws_from_many_documents(folder: Path, tokenizer: Any) 
 def test_no_training_still_gives_start_texts(folder: Path, tokenizer: Any) -> None:
     splits = read(config(path=str(folder)), tokenizer, blocks=0, starts=8)
     assert splits.train.num_rows == 0
-    assert splits.train.column_names == ["input_ids"]
+    assert splits.train.column_names == ["input_ids", "labels"]
+    assert splits.train["labels"] == splits.train["input_ids"]
+    assert all(x.labels == x.input_ids for x in (*splits.test, *splits.validation))
+    assert {x.predicted_tokens for x in splits.test} == {BLOCK - 1}
     assert splits.starts.shape == (8, 5)
     groups = {name.split("/")[0] for name in splits.facts["start_texts"]}
     assert len(groups) == 8
@@ -256,8 +263,10 @@ def test_where_test_took_every_group_its_size_is_named(tmp_path: Path, tokenizer
     folder = write_folder(tmp_path / "few", groups=6, files=1)
     with pytest.raises(DataError) as caught:
         read(config(path=str(folder)), tokenizer)
-    assert "0 documents in 0 groups were read for it after test had taken 6, " in str(caught.value)
-    assert "`data.test_documents`, `data.validation_documents`" in str(caught.value)
+    message = str(caught.value)
+    assert "validation asks for 3 documents of at least 16 tokens and has 0: of 0 docu" in message
+    assert "training asks for 320 tokens and has 0" in message
+    assert message.endswith("Smaller settings would not do either: give more data.")
 
 
 def test_folders_that_all_files_share_are_no_group(tmp_path: Path, tokenizer: Any) -> None:
@@ -347,9 +356,7 @@ def test_too_many_near_copies_are_an_error(tmp_path: Path, tokenizer: Any) -> No
     shared = page("shared", lines=10)
     for number in range(40):
         (tmp_path / f"{number:02}.txt").write_text(page(number, lines=5) + shared)
-    with pytest.raises(
-        DataError, match=r"test_documents=6 .* 0 are left.* 8 of them share over 30%"
-    ):
+    with pytest.raises(DataError, match=r"test asks for 6 .* has 0: .* 8 of them share over 30%"):
         read(config(path=str(tmp_path)), tokenizer)
 
 
@@ -359,7 +366,7 @@ def test_too_many_near_copies_are_an_error(tmp_path: Path, tokenizer: Any) -> No
 def test_too_little_for_training_names_what_there_is(folder: Path, tokenizer: Any) -> None:
     with pytest.raises(DataError, match="160_000 tokens") as caught:
         read(config(path=str(folder)), tokenizer, blocks=10_000)
-    fit = int(str(caught.value).split("training.tokens=")[1].split("`")[0])
+    fit = int(str(caught.value).split("training.tokens=")[1].split(".")[0])
     splits = read(config(path=str(folder)), tokenizer, blocks=fit // BLOCK)
     assert splits.train.num_rows == fit // BLOCK
     with pytest.raises(DataError, match=r"training\.tokens"):
@@ -367,14 +374,14 @@ def test_too_little_for_training_names_what_there_is(folder: Path, tokenizer: An
 
 
 def test_too_little_for_evaluation_names_what_there_is(folder: Path, tokenizer: Any) -> None:
-    with pytest.raises(DataError, match=r"data.test_documents=64 .* and 60 are left"):
+    with pytest.raises(DataError, match=r"test asks for 64 documents .* and has 60: "):
         read(config(path=str(folder), test_documents=64), tokenizer)
-    with pytest.raises(DataError, match=r"block_size=4096 tokens, and 0 are left"):
+    with pytest.raises(DataError, match=r"at least 4096 tokens and has 0: "):
         read(config(path=str(folder), block_size=4096), tokenizer)
 
 
 def test_too_few_start_texts(folder: Path, tokenizer: Any) -> None:
-    with pytest.raises(DataError, match=r"at least 3000 tokens, and 0 are there.*method\.init"):
+    with pytest.raises(DataError, match=r"at least 3000 tokens, and there are 0.*method\.init"):
         read(config(path=str(folder)), tokenizer, length=3000)
 
 
@@ -458,7 +465,7 @@ def test_a_shuffle_buffer_smaller_than_the_stream_loses_nothing(
 ) -> None:
     monkeypatch.setattr(rows, "SHUFFLE_BUFFER", 7)
     path = write_jsonl(tmp_path / "a.jsonl", repository_rows())
-    with pytest.raises(DataError, match=r"Training asks"):
+    with pytest.raises(DataError, match=r"training asks"):
         read(config(source="jsonl", path=str(path)), tokenizer, blocks=10**6)
     texts = [Text("g", str(number), "t") for number in range(60)]
     shuffled = [text.name for text in rows._buffer_shuffled(iter(texts), seed=1)]
@@ -488,9 +495,9 @@ def test_bad_json_lines(
 
 
 def test_torn_gzip_and_a_folder_for_jsonl(tmp_path: Path, tokenizer: Any) -> None:
-    torn = tmp_path / "torn.jsonl.gz"
+    torn = tmp_path / "damaged.jsonl.gz"
     torn.write_bytes(gzip.compress(json.dumps(repository_rows()[0]).encode())[:-12])
-    with pytest.raises(DataError, match=r"torn\.jsonl\.gz, line 1"):
+    with pytest.raises(DataError, match=r"damaged\.jsonl\.gz, line 1"):
         read(config(source="jsonl", path=str(torn)), tokenizer)
     with pytest.raises(DataError, match=r"is a folder; its files are `data\.path='.*/\*\.jsonl'`"):
         read(config(source="jsonl", path=str(tmp_path)), tokenizer)
@@ -542,7 +549,7 @@ class FakeHub:
         self.contents = contents
         self.asked: dict[str, Any] = {}
 
-    def dataset_info(self, path: str, revision: str | None = None) -> Any:
+    def dataset_info(self, path: str, revision: str | None, timeout: float) -> Any:
         return types.SimpleNamespace(sha="c0ffee")
 
     def load_dataset(self, path: str, name: str | None, **options: Any) -> Any:
@@ -625,3 +632,224 @@ def test_nothing_to_learn_from_still_leaves_documents_to_measure(
     assert [document.name for document in splits.test] == [x.name for x in same.test]
     assert len(splits.test) == data.test_documents
     assert len(splits.validation) == data.validation_documents
+
+
+# What is no text, and copies that are not quite equal
+
+
+@pytest.mark.parametrize(
+    ("content", "binary"),
+    [
+        ("\0" * 400, True),
+        ("MZ\0\1\2" + "text " * 80, True),
+        ("\x01\x02\x03" + "text " * 20, True),
+        ("\x1b[31mred\x1b[0m\t" * 40, False),
+        ("page\f\fpage\r\n" * 40, False),
+        ("progress 10%\b\b\b" * 40, False),
+        ("naïve 中文 🙂 \u2028 " * 20, False),
+    ],
+)
+def test_what_is_binary_though_it_decodes(content: str, binary: bool) -> None:
+    assert Text("g", "n", content).is_binary is binary
+
+
+@pytest.mark.parametrize("source", ["files", "jsonl"])
+def test_binary_documents_are_left_out(tmp_path: Path, tokenizer: Any, source: str) -> None:
+    contents = [page(number) for number in range(40)] + ["\0" * 3000 + str(n) for n in range(40)]
+    if source == "files":
+        for number, content in enumerate(contents):
+            (tmp_path / f"{number}.bin").write_text(content)
+        data = config(path=str(tmp_path))
+    else:
+        rows_ = [{"text": content} for content in contents]
+        data = config("jsonl", path=str(write_jsonl(tmp_path / "a.jsonl", rows_)))
+    splits = read(data, tokenizer, blocks=60)
+    assert splits.facts["skipped"]["binary"] > 0
+    decoded = [tokenizer.decode(x.input_ids) for x in (*splits.test, *splits.validation)]
+    decoded += [tokenizer.decode(row) for row in splits.starts]
+    assert not any("\0" in text for text in decoded)
+
+
+TWINS = {
+    "newlines": lambda text: text.replace("\n", "\r\n"),
+    "indentation": lambda text: "".join(f"    {line}\n" for line in text.splitlines()),
+    "trailing spaces": lambda text: text.replace("\n", "  \n"),
+    "empty lines": lambda text: "\n\n" + text + "\n\n\n",
+}
+
+
+@pytest.mark.parametrize("kind", TWINS)
+def test_copies_that_differ_in_white_space_are_duplicates(
+    tmp_path: Path, tokenizer: Any, kind: str
+) -> None:
+    for number in range(40):
+        (tmp_path / f"{number:02}.txt").write_bytes(page(number).encode())
+        (tmp_path / f"twin{number:02}.txt").write_bytes(TWINS[kind](page(number)).encode())
+    splits = read(config(path=str(tmp_path), test_documents=12), tokenizer, blocks=60)
+    names = [x.name.removeprefix("twin") for x in (*splits.test, *splits.validation)]
+    assert len(set(names)) == len(names) == 15
+    assert splits.facts["skipped"]["duplicate"] > 0
+
+
+def test_near_copies_within_evaluation_leave() -> None:
+    """Of documents that share more than 30 % of their lines, the first stays, in both splits."""
+    test = EvaluationSplit("test", 4, 1, set())
+    validation = EvaluationSplit("validation", 2, 1, set())
+
+    def text(name: str, *parts: tuple[int, int]) -> Text:
+        return Text(name, name, "".join(page(seed, lines=20)[: 24 * n] for seed, n in parts))
+
+    for name, *parts in (
+        ("first", (1, 10)),
+        ("first and one line more", (1, 11)),
+        ("a third of the first", (1, 4), (2, 6)),
+        ("a quarter of the first", (1, 3), (3, 9)),
+        ("of its own", (4, 10)),
+    ):
+        test.add(text(name, *parts), [1])
+    for name, *parts in (("again", (4, 9), (5, 1)), ("other", (6, 10)), ("another", (7, 10))):
+        validation.add(text(name, *parts), [1])
+    others = Kept()
+    test.keep(set(), others)
+    validation.keep(set(), others)
+    kept = {split.name: [x.name for x, _ in split.kept] for split in (test, validation)}
+    assert kept == {
+        "test": ["first", "a quarter of the first", "of its own"],
+        "validation": ["other", "another"],
+    }
+    assert (test.copies, validation.copies) == (2, 1)
+    assert validation.shortage() == []
+    assert "has 3: of 5 documents" in test.shortage()[0]
+
+
+# What a walk leaves out
+
+
+def test_linked_folders_are_followed_and_nothing_is_read_twice(
+    tmp_path: Path, tokenizer: Any
+) -> None:
+    write_folder(tmp_path / "elsewhere", groups=20)
+    inside = write_folder(tmp_path / "in", groups=15)
+    (inside / "linked").symlink_to(tmp_path / "elsewhere")
+    (inside / "again").symlink_to(inside / "g00")  # inside already
+    (inside / "loop").symlink_to(inside)
+    (inside / "gone").symlink_to(tmp_path / "nowhere")
+    (inside / "same.txt").symlink_to(inside / "g01" / "f0.txt")
+    os.mkfifo(inside / "pipe")
+    (inside / ".hidden").write_text("x")
+    expected = {file.resolve() for file in inside.rglob("*.txt")}
+    expected |= set((tmp_path / "elsewhere").resolve().rglob("*.txt"))
+    by_folder, by_glob = Counter[str](), Counter[str]()
+    _, walked = files.matching(config(path=str(inside)), by_folder)
+    _, globbed = files.matching(config(path=str(inside / "**" / "*")), by_glob)
+    for found in (walked, globbed):
+        assert {file.resolve() for file in found} == expected
+        assert len(found) == len(expected) == 70
+    assert by_folder["hidden"] == 1
+    assert by_folder["no file"] == by_glob["no file"] == 2  # the link to nothing, and the pipe
+    assert by_folder["folder that was read already"] == 2
+    assert by_folder["file that was read already"] == 1
+    assert by_glob["file that was read already"] > 0
+    skipped = read(config(path=str(inside)), tokenizer).facts["skipped"]
+    assert skipped.items() >= by_folder.items()
+
+
+def test_an_unreadable_folder_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    inside = write_folder(tmp_path / "in", groups=15)
+    scandir = os.scandir
+
+    def refusing(path: Any) -> Any:
+        if str(path).endswith("g03"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    skipped = Counter[str]()
+    _, found = files.matching(config(path=str(inside)), skipped)
+    assert len(found) == 28
+    assert skipped == {"unreadable folder": 1}
+
+
+# Damage
+
+
+def test_any_flipped_bit_in_a_gzip_is_one_message(tmp_path: Path, tokenizer: Any) -> None:
+    whole = gzip.compress("".join(json.dumps(row) + "\n" for row in repository_rows()).encode())
+    path = tmp_path / "a.jsonl.gz"
+    rng = random.Random(0)
+    messages = 0
+    for _ in range(150):
+        damaged = bytearray(whole)
+        damaged[rng.randrange(len(damaged))] ^= 1 << rng.randrange(8)
+        path.write_bytes(damaged)
+        try:
+            read(config(source="jsonl", path=str(path)), tokenizer)
+        except DataError as error:
+            messages += "a.jsonl.gz, line" in str(error)
+    assert messages > 100
+
+
+def test_a_bug_is_no_unreachable_hub(
+    hub: FakeHub, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any, **__: Any) -> None:
+        raise ValueError("a bug of ours")
+
+    monkeypatch.setattr(rows, "_row_text", broken)
+    with pytest.raises(ValueError, match="a bug of ours") as caught:
+        read(config(source="hub", path="some/set"), tokenizer)
+    assert not isinstance(caught.value, DataError)
+
+
+# Small data
+
+
+@pytest.mark.parametrize("number", [4, 5, 8, 12, 20, 33])
+@pytest.mark.parametrize("lines", [6, 60])
+def test_the_advice_for_small_data_works(
+    tmp_path: Path, tokenizer: Any, number: int, lines: int
+) -> None:
+    """One error, and what it names is enough; `training.batch_size` is told as well."""
+    for file in range(number):
+        (tmp_path / f"{file:02}.txt").write_text(page(file, lines=lines))
+    fields: dict[str, Any] = {"test_documents": 64, "validation_documents": 16, "block_size": 64}
+    with pytest.raises(DataError, match="There is too little data") as caught:
+        read(config(path=str(tmp_path), **fields), tokenizer, blocks=400, starts=1)
+    message = str(caught.value)
+    assert "test asks for 64" in message
+    assert "training asks for 25_600 tokens" in message
+    if "would not do either" in message:
+        assert number <= 6  # three candidates for two documents of each split, and one to learn
+        return
+    advice = message.partition("This would do: ")[2].partition(". Or")[0]
+    told = dict(word.split("=") for word in advice.split() if "=" in word)
+    tokens = int(told.pop("training.tokens", 400 * 64))
+    changed = {key.removeprefix("data."): int(value) for key, value in told.items()}
+    data = config(path=str(tmp_path), **(fields | changed))
+    splits = read(data, tokenizer, blocks=tokens // data.block_size, starts=1)
+    assert len(splits.test) == data.test_documents >= 2
+    assert len(splits.validation) == data.validation_documents >= 2
+    assert splits.train.num_rows >= 1
+
+
+def test_progress_is_told(folder: Path, tokenizer: Any) -> None:
+    class Told(Silent):
+        done = 0
+
+        def start(self, name: str, total: int | None = None, done: int = 0) -> None:
+            self.name, self.total = name, total
+
+        def advance(self, done: int, loss: float | None = None) -> None:
+            self.done += done
+
+    told = Told()
+    prepare(
+        config(path=str(folder)),
+        tokenizer,
+        train_blocks=20,
+        num_virtual_tokens=5,
+        num_starts=4,
+        progress=told,
+    )
+    assert told.name == "reading the data, tokens for training"
+    assert told.done >= 20 * BLOCK

@@ -8,20 +8,13 @@ from peft import get_peft_model
 from torch.nn import functional as F
 
 from recycle.data import Document
-from recycle.evaluate.losses import (
-    REPEATS,
-    Contender,
-    contenders,
-    document_losses,
-    kv_bytes_per_token,
-    passes,
-    speeds,
-)
-from recycle.parscale.initialise import streams_of
-from recycle.parscale.prefix import ActiveStreams
-from recycle.parscale.streams import choose_streams
-from tests.adapters import scramble, stream_config, token_ids
-from tests.tiny import tiny_model
+from recycle.evaluate import OutputHead, Variant, document_losses, variants_of
+from recycle.evaluate import head as head_module
+from recycle.evaluate.speed import REPEATS, kv_bytes_per_token, speeds
+from recycle.evaluate.variants import grouped_by_pass
+from recycle.parscale import ActiveStreams, choose_streams, streams_of
+from tests.adapters import scramble, stream_config, stream_model, token_ids
+from tests.tiny import VOCAB_SIZE, tiny_model
 
 
 def family(nested: bool, backbone: str = "qwen2") -> Any:
@@ -44,21 +37,21 @@ def model(request: pytest.FixtureRequest) -> Any:
 
 
 DOCUMENTS = [
-    Document(f"d{row}", f"d{row}", tokens.tolist(), 100)
+    Document(f"d{row}", f"d{row}", tokens.tolist(), tokens.tolist(), 100)
     for row, tokens in enumerate(token_ids(5, 24))
 ]
 NAMES = ["backbone", "control", "P = 2", "P = 4"]
 
 
 def test_the_order_of_the_table(model: Any) -> None:
-    models = contenders(streams_of(model))
-    assert [contender.name for contender in models] == NAMES
-    assert [contender.num_streams for contender in models] == [1, 1, 2, 4]
+    variants = variants_of(model)
+    assert [variant.name for variant in variants] == NAMES
+    assert [variant.num_streams for variant in variants] == [1, 1, 2, 4]
+    assert [variant.name for variant in variants_of(model, "control")] == ["control"]
 
 
 def test_one_pass_serves_a_nested_family(model: Any) -> None:
-    groups = passes(contenders(streams_of(model)))
-    names = [[contender.name for contender in group] for group in groups]
+    names = [names for _, names in grouped_by_pass(variants_of(model))]
     nested = "nested" in model.peft_config
     together = [["P = 2", "P = 4"]] if nested else [["P = 2"], ["P = 4"]]
     assert names == [["backbone"], ["control"], *together]
@@ -66,18 +59,17 @@ def test_one_pass_serves_a_nested_family(model: Any) -> None:
 
 @pytest.mark.parametrize("batch_size", [1, 2, 5, 8])
 def test_losses_are_those_of_each_document_on_its_own(model: Any, batch_size: int) -> None:
-    layer = streams_of(model)
     done: list[int] = []
-    found = document_losses(
-        model, layer, contenders(layer), DOCUMENTS, batch_size, advance=done.append
-    )
+    variants = variants_of(model)
+    with OutputHead(model) as head:
+        found = document_losses(head, variants, DOCUMENTS, batch_size, advance=done.append)
     assert list(found) == NAMES
     bare = tiny_model()
-    for contender in contenders(layer):
-        for document, loss in zip(DOCUMENTS, found[contender.name], strict=True):
+    for variant in variants:
+        for document, loss in zip(DOCUMENTS, found[variant.name], strict=True):
             ids = torch.tensor([document.input_ids])
-            with torch.no_grad(), choose_streams(layer, contender.streams):
-                alone = bare if contender.streams is None else model
+            with torch.no_grad(), choose_streams(model, variant.active):
+                alone = bare if variant.active is None else model
                 logits = alone(input_ids=ids).logits
             expected = F.cross_entropy(logits[0, :-1], ids[0, 1:]).item()
             assert loss == pytest.approx(expected, abs=1e-5)  # batches of other sizes
@@ -88,20 +80,17 @@ def test_losses_are_those_of_each_document_on_its_own(model: Any, batch_size: in
 
 
 def test_nothing_is_left_behind(model: Any) -> None:
-    layer = streams_of(model)
-    model.train()
-    before = layer.selection()
-    document_losses(model, layer, contenders(layer), DOCUMENTS, 4)
-    assert model.training
-    assert layer.selection() == before
+    before = streams_of(model).selection.current()
+    with OutputHead(model) as head:
+        document_losses(head, variants_of(model), DOCUMENTS, 4)
+    assert streams_of(model).selection.current() == before
     assert all(parameter.grad is None for parameter in model.parameters())
-    model.eval()
+    assert "forward" not in vars(model.get_base_model())
 
 
 def test_speeds(model: Any) -> None:
-    layer = streams_of(model)
     done: list[int] = []
-    found = speeds(model, layer, contenders(layer), 12, 3, advance=done.append)
+    found = speeds(model, variants_of(model), 12, 3, advance=done.append)
     assert list(found) == NAMES
     assert sum(done) == (REPEATS + 1) * 4
     for speed in found.values():
@@ -119,8 +108,7 @@ def test_speeds(model: Any) -> None:
 )
 def test_cache_sizes(backbone: str, per_stream: int) -> None:
     tiny = family(True, backbone)
-    layer = streams_of(tiny)
-    assert kv_bytes_per_token(tiny, layer, contenders(layer)) == {
+    assert kv_bytes_per_token(tiny, variants_of(tiny)) == {
         "backbone": per_stream,
         "control": per_stream,
         "P = 2": 2 * per_stream,
@@ -130,6 +118,42 @@ def test_cache_sizes(backbone: str, per_stream: int) -> None:
 
 def test_cache_sizes_follow_the_dtype() -> None:
     half = family(True).to(torch.bfloat16)
-    layer = streams_of(half)
-    models = [Contender("backbone", None), Contender("P = 4", ActiveStreams("nested", 4, (4,)))]
-    assert kv_bytes_per_token(half, layer, models) == {"backbone": 256, "P = 4": 1024}
+    variants = [Variant("backbone", None), Variant("P = 4", ActiveStreams("nested", 4, (4,)))]
+    assert kv_bytes_per_token(half, variants) == {"backbone": 256, "P = 4": 1024}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "sizes"), [("qwen2", {}), ("gpt2", {}), ("modernbert-decoder", {})]
+)
+@pytest.mark.parametrize("learning", [False, True])
+def test_many_logits_are_never_held_at_once(
+    model_type: str, sizes: dict[str, Any], learning: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 4 blocks and two P, through TRL's head or row by row; the values are those of few."""
+    backbone = tiny_model(model_type, **sizes)
+    tiny = stream_model(backbone, init="random")
+    active = ActiveStreams("default", 4, (2, 4))
+    ids = token_ids(4, 24)
+    labels = ids.clone()
+    labels[1, 5:9] = -100
+    found, largest = [], []
+    for few in (2**26, 0):
+        monkeypatch.setattr(head_module, "FEW_LOGITS", few)
+        sizes_seen: list[int] = []
+        hook = backbone.get_output_embeddings().register_forward_hook(
+            lambda module, inputs, output, seen=sizes_seen: seen.append(output.numel())
+        )
+        with OutputHead(tiny) as head, torch.set_grad_enabled(learning):
+            fused = few == 0 and head.fused
+            sizes_seen.clear()  # the comparison of the two heads
+            found.append(head.log_probs(active, ids, labels))
+        hook.remove()
+        largest.append(max(sizes_seen, default=0))
+    torch.testing.assert_close(found[0], found[1], atol=1e-4, rtol=0)
+    assert (found[0][:, 1, 4:8] == 0).all()
+    assert largest[0] == 2 * 4 * 24 * VOCAB_SIZE
+    if fused:
+        assert largest[1] == 0  # in tiles, past the module
+    else:
+        assert largest[1] == largest[0] // (1 if learning else 4)
+    assert fused == (model_type != "modernbert-decoder")

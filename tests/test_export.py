@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import recycle
-from recycle.backbone.fingerprint import fingerprint
+from recycle.backbone.fingerprint import fingerprint_model
+from recycle.errors import RecycleError
 from recycle.family import FamilyError
 from recycle.family.adapters import member_state, save_family
 from recycle.upstream import exporter as export
@@ -64,7 +65,7 @@ def save_run(folder, backbone, dtype="float32", p_values=(2, 4), name="nested"):
     loaded = AutoModelForCausalLM.from_pretrained(backbone, dtype=dtype)
     model = stream_model(loaded, p_values, adapter_name=name, smoothing=0.2)
     folder.mkdir()
-    save_family(model, folder, fingerprint(backbone))
+    save_family(model, folder, fingerprint_model(backbone))
     return model
 
 
@@ -265,7 +266,7 @@ def test_families_and_adapters(tiny_folder, tmp_path):
     independent.add_adapter("control", stream_config((1,)))
     scramble(independent)
     (tmp_path / "family").mkdir()
-    save_family(independent, tmp_path / "family", fingerprint(tiny_folder))
+    save_family(independent, tmp_path / "family", fingerprint_model(tiny_folder))
     for p in (2, 4):
         out = export_checkpoint(tmp_path / "family", tmp_path / f"out{p}", p=p)
         folder = import_checkpoint(out, tmp_path / f"in{p}")
@@ -276,7 +277,7 @@ def test_families_and_adapters(tiny_folder, tmp_path):
 def test_no_such_p(tiny_folder, tmp_path):
     model = save_run(tmp_path / "run", tiny_folder)
     model.add_adapter("control", stream_config((1,)))
-    save_family(model, tmp_path / "run", fingerprint(tiny_folder))
+    save_family(model, tmp_path / "run", fingerprint_model(tiny_folder))
     out = tmp_path / "out"
     with pytest.raises(CheckpointError, match=r"P = 1 is the untouched backbone.* with P = .*4"):
         export_checkpoint(tmp_path / "run", out, p=1)
@@ -299,9 +300,9 @@ def test_a_backbone_that_moved_or_changed(tmp_path):
     run, out = tmp_path / "run", tmp_path / "out"
     save_run(run, backbone)
     moved = backbone.rename(tmp_path / "moved")
-    with pytest.raises(CheckpointError, match=r"cannot be read: .*/backbone.* with --backbone"):
+    with pytest.raises(FamilyError, match=r"cannot be read: .*/backbone.* with --backbone"):
         export_checkpoint(run, out)
-    with pytest.raises(CheckpointError, match=r"other is another one: the tensors' values"):
+    with pytest.raises(FamilyError, match=r"other is another backbone: the tensors' values"):
         export_checkpoint(run, out, backbone=other)
     export_checkpoint(run, out, backbone=moved)
     assert (out / "config.json").is_file()
@@ -390,9 +391,9 @@ def test_a_torn_backbone_is_refused(torn, tmp_path):
         "head": r"tie_word_embeddings.*model.safetensors holds another one, lm_head.weight",
         "extra": r"also has tensor model.layers.1.self_attn.o_proj.bias",
         "less": rf"lacks tensor {name}",
-        "cut": r"model.safetensors is torn: it ends within tensor \S+, 8 bytes are missing",
+        "cut": r"model.safetensors is damaged: it ends within tensor \S+, 8 bytes are missing",
     }[torn]
-    with pytest.raises(CheckpointError, match=message):
+    with pytest.raises(RecycleError, match=message):
         export_checkpoint(tmp_path / "run", tmp_path / "new" / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["backbone", "run"]
 

@@ -142,3 +142,25 @@ def test_a_sparse_mask_never_hides_the_prefix():
             parameter.add_(1.0)
     moved = (forward(model, ids).logits - before).abs().amax(dim=-1)  # [B, S]
     assert moved.min() > 100 * TOLERANCE
+
+
+def test_the_record_goes_stale_with_code_and_not_with_comments(tmp_path):
+    for path in families.sources():
+        copy = tmp_path / path.relative_to(families.ROOT)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_text(path.read_text())
+    names = {path.name for path in families.sources(tmp_path)}
+    assert {"packing.py", "active.py", "switch.py", "checks.py"} <= names
+    before = families.sources_sha256(tmp_path)
+    assert before == families.sources_sha256()
+    packing = tmp_path / "recycle/parscale/packing.py"
+    code = packing.read_text()
+    packing.write_text(
+        code.replace('"""Several', '"""A few').replace("  # ", "  # well, ") + "\n# x\n"
+    )
+    assert families.sources_sha256(tmp_path) == before
+    packing.write_text(code.replace("_PROBE_LENGTH = 16", "_PROBE_LENGTH = 17"))
+    assert families.sources_sha256(tmp_path) != before
+    packing.write_text(code)
+    (tmp_path / "recycle/parscale/new.py").write_text("")
+    assert families.sources_sha256(tmp_path) != before

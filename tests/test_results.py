@@ -15,8 +15,6 @@ from rich.console import Console
 
 from recycle import results as rooms
 from recycle.results import (
-    COLUMNS,
-    FIRST_COLUMNS,
     BackboneRecord,
     CurvePoint,
     DataRecord,
@@ -32,7 +30,7 @@ from recycle.results import (
     TrainingRecord,
     WallSeconds,
     compare,
-    first_table,
+    format_difference,
     hardware,
     packages,
     paired_difference,
@@ -40,7 +38,8 @@ from recycle.results import (
     read,
     rich_first_table,
     rich_table,
-    table,
+    tabulate,
+    tabulate_again,
     write,
 )
 
@@ -135,7 +134,7 @@ def test_paired_difference_is_of_pairs() -> None:
     assert (difference.mean, difference.standard_error) == (0.5, 0.0)
 
 
-@pytest.mark.parametrize(("a", "b"), [([1.0], [1.0]), ([1.0, 2.0], [1.0, 2.0, 3.0]), ([], [])])
+@pytest.mark.parametrize(("a", "b"), [([1.0], []), ([1.0, 2.0], [1.0, 2.0, 3.0]), ([], [])])
 def test_paired_difference_refuses(a: list[float], b: list[float]) -> None:
     with pytest.raises(ValueError, match=rf"got {len(a)} and {len(b)}"):
         paired_difference(a, b)
@@ -185,9 +184,8 @@ def test_compare_refuses() -> None:
         compare(documents, [*models, models[1]])
     with pytest.raises(ValueError, match="has 3 losses for 2 test documents"):
         compare(documents[:2], models)
-    shorter = documents[0].model_copy(update={"tokens": 510})
-    with pytest.raises(ValueError, match="the same number of tokens"):
-        compare([shorter, *documents[1:]], models)
+    with pytest.raises(ValueError, match="there is no test document"):
+        compare([], [models[0].model_copy(update={"losses": ()})])
 
 
 @pytest.mark.parametrize(
@@ -224,15 +222,92 @@ def test_date_is_kept_in_utc() -> None:
         make_results(date=datetime(2026, 1, 2))
 
 
-def test_non_finite_losses_are_refused() -> None:
+@pytest.mark.parametrize("broken", [math.nan, math.inf])
+def test_losses_that_are_not_finite_are_kept_and_said(tmp_path: Path, broken: float) -> None:
+    losses = LOSSES | {"P = 2": (broken, 2.5, 1.0), "P = 4": (1.0, broken, 1.0)}
+    results = make_results(losses)
+    write(results, tmp_path / "results.json")
+    content = json.loads((tmp_path / "results.json").read_text())  # plain JSON, without NaN
+    assert content["models"][3]["losses"] == [1.0, "NaN" if broken != broken else "Infinity", 1.0]
+    again = read(tmp_path / "results.json")
+    assert again.models[1] == results.models[1]
+    for model in again.models[2:]:
+        assert not math.isfinite(model.loss)
+        assert not math.isfinite(model.bits_per_byte)
+        assert model.minus_control is not None
+        assert model.minus_control.standard_error is None
+        assert not model.minus_control.distinguishable
+    row = "P = 4", "nan" if broken != broken else "inf", "not finite", "not finite"
+    assert tabulate(again)[4][:4] == row
+    # One is infinite where the other is not: no mean of the differences, and no error of Python's.
+    both = paired_difference([broken, 1.0, 2.0], [1.0, broken, 2.0])
+    assert math.isnan(both.mean)
+    assert both.standard_error is None
+    assert "\n".join(shown_at(80, again)).count("notfinite") == 4
+
+
+def test_losses_of_training_that_are_not_finite_are_kept(tmp_path: Path) -> None:
+    nested, control = make_results().training
+    point = nested.curve[1].model_copy(update={"validation_loss": {"P = 2": math.inf}})
+    log = LossPoint(step=1, tokens=4096, loss=math.nan)
+    diverged = nested.model_copy(update={"curve": (point,), "train_loss": (log,)})
+    again = TrainingRecord.model_validate_json(diverged.model_dump_json())
+    assert again.curve[0].validation_loss == {"P = 2": math.inf}
+    assert math.isnan(again.train_loss[0].loss)
+    write(make_results(training=(diverged, control)), tmp_path / "results.json")
+    assert read(tmp_path / "results.json").training[0].curve == diverged.curve
+
+
+def test_what_is_no_loss_is_still_finite() -> None:
     with pytest.raises(ValidationError, match="finite"):
-        make_results(LOSSES | {"P = 4": (1.0, math.nan, 1.0)})
+        make_results(wall_seconds=WallSeconds(setup=math.inf, training=1.0, evaluation=1.0))
+
+
+def test_one_document_has_a_difference_and_no_error(tmp_path: Path) -> None:
+    results = make_results({"backbone": (2.0,), "control": (1.9,), "P = 2": (1.5,)})
+    difference = results.models[2].minus_backbone
+    assert difference == Difference(mean=-0.5, standard_error=None)
+    assert difference.distinguishable is False
+    assert format_difference(difference) == "−0.5000 ± ?"
+    write(results, tmp_path / "results.json")
+    assert read(tmp_path / "results.json") == results
+
+
+def test_documents_of_different_lengths() -> None:
+    """Each document counts the same in the loss, and each of its tokens in the bits per byte."""
+    documents = [
+        ScoredDocument(name=f"m{i}", group="g", tokens=n, bytes=100) for i, n in enumerate((10, 30))
+    ]
+    measured = Measurement(
+        name="backbone",
+        num_streams=1,
+        losses=(2.0, 4.0),
+        adapter_parameters=0,
+        kv_bytes_per_token=1,
+    )
+    (model,) = compare(documents, [measured])
+    assert model.loss == 3.0
+    assert model.bits_per_byte == pytest.approx((10 * 2.0 + 30 * 4.0) / math.log(2) / 200)
+
+
+def test_text_that_is_no_text_is_recorded_as_far_as_it_is(tmp_path: Path) -> None:
+    odd = os.fsdecode(b"/home/caf\xe9/\xf0\x9f\x98\x80")  # any bytes can name a folder
+    facts = {"path": odd, "start_texts": [odd], odd: 1}
+    results = make_results(
+        command=f"recycle run {odd}", data=DataRecord(source="files", path=odd, facts=facts)
+    )
+    write(results, tmp_path / "results.json")
+    assert read(tmp_path / "results.json") == results
+    assert results.data.path == "/home/caf?/😀"
+    assert results.data.facts == {"path": results.data.path, "start_texts": [results.data.path]} | {
+        "/home/caf?/😀": 1
+    }
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"schema_version": 1}, "has schema_version 1; this version of recycle reads 2"),
+        ({"schema_version": 1}, "has schema_version 1, and this version of recycle reads 2"),
         ({"schema_version": None}, "has schema_version None"),
         ({"lucky": 1}, "lucky: Extra inputs are not permitted"),
         ({"recipe_identity": "ab"}, "recipe_identity: String should match"),
@@ -246,18 +321,18 @@ def test_read_refuses(tmp_path: Path, change: dict[str, object], message: str) -
 
 
 @pytest.mark.parametrize("keep", [0, 1, 500, -3])
-def test_read_refuses_a_torn_file(tmp_path: Path, keep: int) -> None:
+def test_read_refuses_a_damaged_file(tmp_path: Path, keep: int) -> None:
     path = tmp_path / "results.json"
     write(make_results(), path)
     path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(ResultsError, match=r"results\.json is not a whole JSON file"):
+    with pytest.raises(ResultsError, match=r"results\.json is damaged or incomplete"):
         read(path)
 
 
 def test_read_refuses_what_is_no_text_or_no_mapping(tmp_path: Path) -> None:
     path = tmp_path / "results.json"
     path.write_bytes(b"\xff\xfe\xfa")
-    with pytest.raises(ResultsError, match="is not a whole JSON file"):
+    with pytest.raises(ResultsError, match="is damaged or incomplete"):
         read(path)
     path.write_text("[1]")
     with pytest.raises(ResultsError, match="schema_version None"):
@@ -283,17 +358,18 @@ def test_a_failing_write_leaves_the_old_file_alone(
 
 
 def test_table() -> None:
-    assert COLUMNS == (
+    header, *rows = tabulate(make_results())
+    assert header == (
         "model",
         "held-out loss",
         "− backbone ± se",
         "− control ± se",
         "adapter params",
         "KV bytes/token",
-        "train / prefill / decode tokens/s",
+        "train/prefill/decode tokens/s",
     )
     speed = "75.0 / 1,234.5 / 12.3"
-    assert table(make_results()) == [
+    assert rows == [
         ("backbone", "3.0000", "", "", "0", "23,040", "– / 1,234.5 / 12.3"),
         ("control", "2.8000", "−0.2000 ± 0.0577", "", "1,234,567", "23,040", speed),
         ("P = 2", "2.7667", "−0.2333 ± 0.1333", "−0.0333 ± 0.0882", "1,234,567", "23,040", speed),
@@ -303,7 +379,7 @@ def test_table() -> None:
 
 def test_a_difference_above_zero_has_its_sign() -> None:
     results = make_results(LOSSES | {"P = 4": (2.0, 3.0, 5.5)})
-    assert table(results)[3][2] == "+0.5000 ± 0.5000"
+    assert tabulate(results)[4][2] == "+0.5000 ± 0.5000"
 
 
 def shown_at(width: int, results: Results) -> list[str]:
@@ -329,6 +405,17 @@ def test_rich_table_is_whole_in_a_terminal(width: int) -> None:
     assert {"model", "held-out", "backbone", "control", "params", "/token", "tokens/s"} <= set(
         heads
     )
+
+
+def test_without_speeds_the_tables_have_no_column_for_them() -> None:
+    plain = make_results()
+    trained = Speed(train_tokens_per_second=75.04)  # which stands with the trainings
+    models = tuple(model.model_copy(update={"speed": trained}) for model in plain.models)
+    results = plain.model_copy(update={"models": models})
+    assert tabulate(results) == [row[:-1] for row in tabulate(plain)]
+    lines = shown_at(80, results)
+    assert "P = 4      2.4333 −0.5667±0.0667 −0.3667±0.0333   1.23M   23,040" in lines
+    assert "tokens/s" not in "\n".join(lines)
 
 
 def test_rich_table_is_whole_with_the_numbers_of_a_large_gpu_run() -> None:
@@ -378,14 +465,21 @@ def test_the_difference_to_the_run_itself_by_hand() -> None:
     assert differences["control"] == Difference(mean=0, standard_error=0)
     assert differences["P = 4"].mean == pytest.approx(-0.2 / 3)
     assert differences["P = 4"].standard_error == pytest.approx(0.2 / 3)
-    assert FIRST_COLUMNS[1:4] == ("loss in the run", "loss now", "now − run ± se")
-    assert first_table(results)[0] == ("backbone", "3.1000", "3.0000", "−0.1000 ± 0.0000", "", "")
-    assert first_table(results)[3] == (
+    assert tabulate_again(results)[0][1:4] == ("run loss", "loss now", "now − run ± se")
+    assert tabulate_again(results)[1] == (
+        "backbone",
+        "3.1000",
+        "3.0000",
+        "−0.1000 ± 0.0000",
+        "",
+        "",
+    )
+    assert tabulate_again(results)[4] == (
         *("P = 4", "2.5000", "2.4333", "−0.0667 ± 0.0667"),
         *("−0.6000 ± 0.1155", "−0.5667 ± 0.0667"),
     )
     assert make_results().minus_first() == {}
-    assert first_table(make_results()) == []
+    assert tabulate_again(make_results()) == []
 
 
 def test_the_precisions_are_said() -> None:

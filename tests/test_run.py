@@ -4,6 +4,8 @@ import io
 import json
 import os
 import shutil
+import socket
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +17,14 @@ from safetensors.torch import load_file
 
 import recycle
 from recycle import results
-from recycle import train as train_room
-from recycle.family.folder import FamilyError
+from recycle.evaluate import measurement
+from recycle.family import FamilyError
 from recycle.recipe import resolve
 from recycle.results import Results
-from recycle.run import RunError, evaluate_again, run
+from recycle.run.folder import RunError, find_finished, find_run, finish, kept
+from recycle.run.remeasurement import measure_again
+from recycle.run.story import run_recipe
+from recycle.train import training as train_room
 from tests.runs import contents, write_recipe
 from tests.tiny import save_tiny
 
@@ -27,8 +32,17 @@ from tests.tiny import save_tiny
 def go(recipe: Path, *overrides: str) -> tuple[Results, str]:
     """Run a recipe in this process; its results and what it printed."""
     console = Console(width=200, record=True, file=io.StringIO())
-    found = run(resolve(str(recipe), overrides), "recycle run tiny.yaml", console)
-    return found, console.export_text()
+    found = find_run(resolve(str(recipe), overrides).recipe)
+    if found.results is not None:  # as the command shows it
+        return found.results, f"{found.folder} is finished"
+    record = run_recipe(found, "recycle run tiny.yaml", console)
+    return record, console.export_text()
+
+
+def measure(folder: Path | str, *overrides: str) -> Results:
+    """Measure a finished run again, in this process."""
+    console = Console(file=io.StringIO())
+    return measure_again(find_finished(str(folder), overrides, None), None, "recycle eval", console)
 
 
 @pytest.fixture(scope="module")
@@ -164,9 +178,7 @@ def test_relative_paths_are_settled(
     again, _ = go(saved, f"output.dir={tmp_path / 'again'}")
     assert [model.losses for model in again.models] == [model.losses for model in first.models]
     assert again.recipe_identity == first.recipe_identity
-    evaluate_again(
-        str(recipe.parent / "run"), [], None, "recycle eval", Console(file=io.StringIO())
-    )
+    measure(recipe.parent / "run")
     with pytest.raises(RunError, match=r"differs in backbone\.id, data\.path;"):
         go(recipe, *relative)
     monkeypatch.chdir(recipe.parent)
@@ -278,19 +290,18 @@ def _forbid(*arguments: Any, **options: Any) -> None:
 def test_a_finished_run_is_shown_again(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = finished.parent / "run"
     before = contents(folder)
-    monkeypatch.setattr("recycle.run.load_backbone", _forbid)
+    monkeypatch.setattr("recycle.run.materials.load_backbone", _forbid)
     for overrides in ((), ("logging.steps=5", "launch.device=auto")):
         record, printed = go(finished, *overrides)
         assert record == results.read(folder / "results.json")
-        assert "is finished; its results:" in printed
-        assert f"{record.models[2].loss:.4f}" in printed
+        assert "is finished" in printed
     assert contents(folder) == before
 
 
 def test_another_recipe_is_refused(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = finished.parent / "run"
     before = contents(folder)
-    monkeypatch.setattr("recycle.run.load_backbone", _forbid)
+    monkeypatch.setattr("recycle.run.materials.load_backbone", _forbid)
     with pytest.raises(RunError) as caught:
         go(finished, "streams=2", "training.tokens=4k", "logging.steps=3")
     assert "differs in streams, training.tokens; nothing was changed" in str(caught.value)
@@ -346,7 +357,7 @@ def test_a_run_is_no_data(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.chdir(recipe.parent / "texts")
     inside = ("data.path=.", "output.dir=runs/tiny", "training.tokens=128")
     first, _ = go(recipe, *inside)
-    evaluate_again("runs/tiny", [], None, "recycle eval", Console(file=io.StringIO()))
+    measure("runs/tiny")
     again, _ = go(recipe, "data.path=**/*", "output.dir=runs/other", "training.tokens=128")
     assert again.data.facts["sha256"] == first.data.facts["sha256"]
 
@@ -365,10 +376,10 @@ def test_a_tokenizer_of_another_model(recipe: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", ["", "{}", "[]"])
-def test_a_torn_ground_is_named(recipe: Path, content: str) -> None:
+def test_a_torn_basis_is_named(recipe: Path, content: str) -> None:
     _break_off(recipe)
-    (recipe.parent / "run" / "checkpoints" / "ground.json").write_text(content)
-    with pytest.raises(RunError, match=r"ground\.json is torn"):
+    (recipe.parent / "run" / "checkpoints" / "basis.json").write_text(content)
+    with pytest.raises(RunError, match=r"basis\.json is damaged"):
         go(recipe)
 
 
@@ -403,7 +414,7 @@ def _dumped(recipe: Path) -> str:
 def _break_off(recipe: Path) -> None:
     """Run until the comparison, which fails."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("recycle.evaluate.losses.kv_bytes_per_token", _interrupt)
+        patch.setattr(measurement, "kv_bytes_per_token", _interrupt)
         with pytest.raises(KeyboardInterrupt):
             go(recipe)
 
@@ -424,7 +435,10 @@ def test_what_was_trained_is_not_trained_again(
     ]
     monkeypatch.setattr(train_room, "StreamTrainer", _forbid)
     found, printed = go(recipe)
-    assert "for training nested on 0 tokens, control on 0 tokens, and the comparison" in printed
+    assert (
+        "for training nested on 0 tokens of 1,024, going on from a checkpoint, control on 0 tokens"
+        in printed
+    )
     assert [training.model_dump(mode="json") for training in found.training] == records
     assert "checkpoints" not in {path.name for path in folder.iterdir()}
 
@@ -445,7 +459,7 @@ def test_an_unfinished_run_does_not_go_on_with_other_data(recipe: Path) -> None:
     text = next(path for path in sorted((recipe.parent / "texts").rglob("*")) if path.is_file())
     text.write_text("something else " * 400)
     before = contents(recipe.parent / "run")
-    with pytest.raises(RunError, match=r"was begun on something else .* the data were others"):
+    with pytest.raises(RunError, match=r"was begun with something else .* the data were others"):
         go(recipe)
     assert contents(recipe.parent / "run") == before
 
@@ -468,21 +482,139 @@ def test_the_licence_of_a_hub_card(
     """A card may name several."""
     from huggingface_hub import DatasetCardData, HfApi
 
-    from recycle.run import record
+    from recycle.run import materials
 
     info = type("Info", (), {"card_data": DatasetCardData(license=named)})
-    monkeypatch.setattr(HfApi, "dataset_info", lambda self, repository: info)
-    assert record._hub_licence("a/b", dataset=True) == recorded
+    monkeypatch.setattr(HfApi, "dataset_info", lambda self, repository, timeout: info)
+    assert materials._hub_licence("a/b", dataset=True) == recorded
 
 
 def test_the_backbone_is_what_it_was(finished: Path, tmp_path: Path) -> None:
     """A recipe names a folder; the weights in it may have been replaced since."""
-    from recycle.run import evaluate_again
-
     model = save_tiny(tmp_path / "model", seed=1)
     shutil.copytree(finished.parent / "run", tmp_path / "run")
     saved = tmp_path / "run" / "recipe.yaml"
     old = resolve(str(saved)).recipe.backbone.id
     saved.write_text(saved.read_text().replace(old, str(model)))
-    with pytest.raises(RunError, match="was trained on another backbone"):
-        evaluate_again(str(tmp_path / "run"), [], None, "recycle eval", Console(quiet=True))
+    with pytest.raises(FamilyError, match=r"was trained on the backbone .* is another backbone"):
+        measure(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("ACCELERATE_MIXED_PRECISION", "bf16"),
+        ("ACCELERATE_MIXED_PRECISION", "fp8"),
+        ("ACCELERATE_DYNAMO_BACKEND", "inductor"),
+        ("ACCELERATE_USE_FSDP", "true"),
+        ("ACCELERATE_USE_DEEPSPEED", "1"),
+        ("NVIDIA_TF32_OVERRIDE", "1"),
+    ],
+)
+def test_the_environment_does_not_change_the_arithmetic(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(RunError, match=f"The environment sets {name}={value}, which would change"):
+        go(recipe)
+    assert not (recipe.parent / "run").exists()
+
+
+def test_what_a_launcher_sets_of_processes_passes(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `accelerate launch --cpu` sets it, with mixed precision and compilation off."""
+    plain, _ = go(recipe, "training.tokens=128")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    for name, value in {
+        "ACCELERATE_MIXED_PRECISION": "no",
+        "ACCELERATE_DYNAMO_BACKEND": "no",
+        "ACCELERATE_DYNAMO_MODE": "default",
+        "ACCELERATE_USE_CPU": "true",
+        "ACCELERATE_USE_FSDP": "false",
+        "LOCAL_RANK": "0",
+        "RANK": "0",
+        "WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }.items():
+        monkeypatch.setenv(name, value)
+    again, _ = go(recipe, "training.tokens=128", f"output.dir={recipe.parent / 'launched'}")
+    assert [model.losses for model in again.models] == [model.losses for model in plain.models]
+
+
+def test_nothing_asks_the_hub_after_the_training(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from recycle.run import materials, story
+
+    asked: list[str] = []
+
+    def licence(repository: str, dataset: bool = False) -> str:
+        asked.append(repository)
+        return "mit"
+
+    def train(*arguments: Any) -> Any:
+        assert asked == ["someone/model"]
+        monkeypatch.setattr(materials, "_hub_licence", _forbid)
+        return train_room.train(*arguments)
+
+    load = materials.load_backbone
+
+    def from_the_hub(*arguments: Any) -> Any:
+        model, tokenizer, source = load(*arguments)
+        return model, tokenizer, replace(source, id="someone/model", revision="0" * 40)
+
+    monkeypatch.setattr(materials, "_hub_licence", licence)
+    monkeypatch.setattr(materials, "load_backbone", from_the_hub)
+    monkeypatch.setattr(story, "train", train)
+    record, _ = go(recipe, "training.tokens=128")
+    assert record.backbone.license == "mit"
+
+
+def test_a_report_that_cannot_be_made_loses_no_result(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from recycle.run import story
+
+    folder = recipe.parent / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(story.report, "write_report", _interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            go(recipe, "training.tokens=128")
+    assert results.read(folder / "results.json").models
+    assert not (folder / "README.md").exists()
+    finish(find_run(resolve(str(recipe), ["training.tokens=128"]).recipe))
+    assert (folder / "README.md").is_file()
+    assert not (folder / "checkpoints").exists()
+
+
+def test_what_an_interruption_left(recipe: Path) -> None:
+    folder = recipe.parent / "run"
+    assert kept(folder) == "Stopped before the first checkpoint: nothing was kept."
+    training = folder / "checkpoints" / "nested"
+    (training / "checkpoint-4").mkdir(parents=True)
+    assert kept(folder) == "Stopped before the first checkpoint: nothing was kept."
+    (training / "checkpoint-4" / "complete").touch()
+    assert kept(folder).startswith("Stopped; nested has a checkpoint at step 4. The same command")
+    (training / "finished").mkdir()
+    assert kept(folder).startswith("Stopped; nested is trained. The same command")
+
+
+def test_a_new_run_beside_the_old(finished: Path, tmp_path: Path) -> None:
+    overrides = ["streams=2", f"output.dir={tmp_path / 'run'}"]
+    shutil.copytree(finished.parent / "run", tmp_path / "run")
+    recipe = resolve(str(finished), overrides).recipe
+    with pytest.raises(RunError, match=r"differs in streams; .* start a new one with --new \(in "):
+        find_run(recipe)
+    (tmp_path / "run-2").mkdir()
+    found = find_run(recipe, new=True)
+    assert found.folder == tmp_path / "run-3"
+    assert found.results is None
+
+
+def test_where_only_the_evaluation_differs(finished: Path) -> None:
+    with pytest.raises(RunError, match=r"or measure it again with `recycle eval .*run`\."):
+        go(finished, "evaluation.batch_size=2")

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -161,22 +162,211 @@ def test_search_learning_rate(tmp_path, tiny_folder):
             assert f"{losses['0.0001'][name]:.4f}" in done.stdout
 
 
-def test_the_table_of_precisions_is_of_what_was_measured():
+# ---- the check of the demo
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory, tiny_folder):
+    """A run like the demo's, at tiny size."""
+    folder = tmp_path_factory.mktemp("demo")
+    write_recipe(folder, tiny_folder)
+    done = recycle("run", "tiny.yaml", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return folder / "runs" / "tiny"
+
+
+@pytest.fixture
+def check_demo():
+    return script("check_demo")
+
+
+def script(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / f"scripts/{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_demo_that_is_right(check_demo, demo):
+    check_demo.check(demo)
+
+
+def test_streams_that_do_nothing_are_seen(check_demo, demo, monkeypatch):
+    monkeypatch.setattr("recycle.parscale.prefix._prepend", lambda prefix, text: text)
+    monkeypatch.setattr(
+        "recycle.parscale.prefix.StreamPrefix.num_virtual_tokens", lambda self, active: 0
+    )
+    with pytest.raises(AssertionError, match="two streams differ by"):
+        check_demo.check(demo)
+
+
+def test_streams_that_are_all_the_same_are_seen(check_demo, demo, monkeypatch):
+    from recycle.parscale import prefix
+
+    prepend = prefix._prepend
+    monkeypatch.setattr(prefix, "_prepend", lambda own, text: prepend(own[:1].expand_as(own), text))
+    with pytest.raises(AssertionError, match="two streams differ by"):
+        check_demo.check(demo)
+
+
+def altered(demo, tmp_path, change):
+    """A copy of a run with changed weights and hashes that fit them."""
+    from safetensors.torch import load_file, save_file
+
+    from recycle.disk import file_sha256
+
+    folder = tmp_path / "altered"
+    shutil.copytree(demo, folder)
+    family = json.loads((folder / "family.json").read_text())
+    for name in family["sha256"]:
+        state = {key: change(key, tensor) for key, tensor in load_file(folder / name).items()}
+        save_file(state, folder / name, metadata={"format": "pt"})
+        family["sha256"][name] = file_sha256(folder / name)
+    (folder / "family.json").write_text(json.dumps(family))
+    return folder
+
+
+def test_an_aggregator_that_never_moved_is_seen(check_demo, demo, tmp_path):
+    folder = altered(demo, tmp_path, lambda key, x: x * 0 if "_output_" in key else x)
+    with pytest.raises(AssertionError, match="is as it started"):
+        check_demo.check(folder)
+
+
+def test_prefixes_that_are_no_text_are_seen(check_demo, demo, tmp_path):
+    def noise(key, tensor):
+        return torch.randn_like(tensor) * 9 if "stream_prefix" in key else tensor
+
+    with pytest.raises(AssertionError, match="moved by"):
+        check_demo.check(altered(demo, tmp_path, noise))
+
+
+def test_prefixes_that_never_moved_are_seen(check_demo, demo, monkeypatch):
+    start = check_demo.text_start
+
+    def as_learned(model, ids):
+        adapter = "control" if len(ids) == 1 else "nested"
+        prefixes = ((module, module._modules["stream_prefix"]) for module in start(model, ids))
+        return {m: (x.parscale_keys[adapter], x.parscale_values[adapter]) for m, x in prefixes}
+
+    monkeypatch.setattr(check_demo, "text_start", as_learned)
+    with pytest.raises(AssertionError, match="moved by"):
+        check_demo.check(demo)
+
+
+@pytest.mark.parametrize("broken", ["random start", "control", "family"])
+def test_losses_that_are_wrong_are_seen(check_demo, demo, broken):
+    record = results.read(demo / "results.json")
+    nested, control = record.training
+
+    def shifted(training, place, by):
+        curve = list(training.curve)
+        losses = {name: loss + by for name, loss in curve[place].validation_loss.items()}
+        curve[place] = curve[place].model_copy(update={"validation_loss": losses})
+        return training.model_copy(update={"curve": tuple(curve)})
+
+    trainings = {
+        "random start": (shifted(nested, 0, 1.0), control),
+        "control": (nested, shifted(control, -1, 1.0)),
+        "family": (shifted(nested, -1, 1.0), control),
+    }[broken]
+    words = "above the backbone" if broken == "random start" else "did not learn"
+    with pytest.raises(AssertionError, match=words):
+        check_demo.check_results(record.model_copy(update={"training": trainings}))
+
+
+@pytest.fixture
+def update_readme():
     spec = importlib.util.spec_from_file_location("readme", ROOT / "scripts/update_readme.py")
-    readme = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(readme)
-    with pytest.raises(SystemExit, match=r"README\.md lacks the lines .*\n<!-- demo: made by"):
-        readme.updated("")
-    header, _, *lines = [x for x in readme.in_4bit_section().splitlines() if x.startswith("|")]
-    assert header == "|  | backbone | control | P = 2 | P = 4 |"
-    rows = {cells[1]: cells[2:-1] for cells in ([x.strip() for x in y.split("|")] for y in lines)}
-    trained_on_nf4, on_bfloat16 = (
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def rows_of(section):
+    """The cells of the first table of a section, without the line under its header."""
+    lines = [x for x in section.splitlines() if x.startswith("|")]
+    header, _, *rows = [[cell.strip() for cell in x.strip("|").split("|")] for x in lines]
+    return header, rows
+
+
+def number(cell):
+    return float(cell.split()[0].replace("−", "-").replace(",", ""))
+
+
+def test_the_table_of_precisions_is_of_what_was_measured(update_readme):
+    header, lines = rows_of(update_readme.four_bits())
+    assert header == ["", "backbone", "control", "P = 2", "P = 4"]
+    rows = {name: cells for name, *cells in lines}
+    on_nf4, on_bfloat16 = (
         [float(x) for x in rows[f"trained on nf4, measured on {bits}"]]
         for bits in ("nf4", "bfloat16")
     )
     moved = rows["trained on nf4: on bfloat16 − on nf4 ± se"]
-    for before, after, difference in zip(trained_on_nf4, on_bfloat16, moved, strict=True):
-        mean = float(difference.split()[0].replace("−", "-"))
-        assert after - before == pytest.approx(mean, abs=2e-4)  # of rounded numbers
-    assert rows["trained on bfloat16, measured on nf4"][0] == f"{trained_on_nf4[0]:.4f}"
-    assert rows["measured on nf4: trained on nf4 − on bfloat16 ± se"][0] == ""
+    for before, after, difference in zip(on_nf4, on_bfloat16, moved, strict=True):
+        assert after - before == pytest.approx(number(difference), abs=2e-4)  # of rounded numbers
+    assert rows["trained on bfloat16, measured on nf4"][0] == f"{on_nf4[0]:.4f}"
+    for bits, sign in (("nf4", -1), ("bfloat16", 1)):  # what the section says in words
+        backbone, *trained = rows[f"measured on {bits}: trained on nf4 − on bfloat16 ± se"]
+        assert backbone == ""
+        assert all(sign * number(cell) > 0 for cell in trained)
+
+
+def test_the_sections_say_what_their_records_say(update_readme):
+    text = update_readme.measured_readme()
+    headings = [x.removeprefix("## ") for x in text.splitlines() if x.startswith("## ")]
+    assert headings == list(update_readme.SECTIONS)
+    record = update_readme.read("start-random-cpu")
+    difference = results.format_difference(record.models[-1].minus_backbone)
+    assert f"and {difference} with a random start. This is why" in text
+    assert f"`{record.command}`: no training, {len(record.documents)} test documents of " in text
+    _, rates = rows_of(update_readme.rates())
+    best = min(rates, key=lambda row: float(row[-1]))
+    assert f"{best[0]} (control)" in text
+    _, overheads = rows_of(update_readme.overhead())
+    assert f": {max(max(row[1:]) for row in overheads)} at most." in text
+
+
+def test_the_demo_without_speeds_is_a_table_without_them(update_readme, monkeypatch):
+    record = update_readme.read("demo-cpu")
+    models = tuple(x.model_copy(update={"speed": results.Speed()}) for x in record.models)
+    slow = record.model_copy(update={"models": models})
+    monkeypatch.setattr(update_readme, "read", lambda name: slow)
+    table = update_readme.demo_table()
+    header, rows = rows_of(table)
+    assert header[-1] == "KV bytes/token"
+    assert {len(row) for row in rows} == {6}
+    assert table.splitlines()[-1].startswith(
+        "A demonstration, kept small to be quick. `recycle run"
+    )
+    tokens, documents = record.training[0].tokens, len(record.documents)
+    assert f": {tokens:,} training tokens, {documents} test documents of " in table
+    assert "tokens/s" not in table
+
+
+def test_stale_tables_are_found_and_made_anew(update_readme, tmp_path, monkeypatch):
+    with pytest.raises(SystemExit, match=r"README\.md lacks the lines .*\n<!-- demo: made by"):
+        update_readme.update("# Nothing\n")
+    measured = tmp_path / "scripts/measured"
+    measured.mkdir(parents=True)
+    for path in update_readme.MEASURED.glob("*.json"):
+        (measured / path.name).symlink_to(path)
+    monkeypatch.setattr(update_readme, "ROOT", tmp_path)
+    monkeypatch.setattr(update_readme, "MEASURED", measured)
+    opening, closing = update_readme.OPENING, update_readme.CLOSING
+    (tmp_path / "README.md").write_text(f"before\n{opening}\nold\n{closing}\nafter\n")
+
+    def run_script(*arguments):
+        monkeypatch.setattr("sys.argv", ["update_readme.py", *arguments])
+        update_readme.main()
+
+    with pytest.raises(SystemExit, match=r"^README\.md is stale"):
+        run_script("--check")
+    run_script()
+    run_script("--check")
+    readme = (tmp_path / "README.md").read_text()
+    table = update_readme.demo_table()
+    assert readme == f"before\n{opening}\n{table}\n{closing}\nafter\n"
+    (measured / "README.md").write_text("old")
+    with pytest.raises(SystemExit, match=r"^scripts/measured/README\.md is stale"):
+        run_script("--check")
+    assert (measured / "README.md").read_text() == "old"

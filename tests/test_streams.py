@@ -11,10 +11,9 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 from recycle.family import FamilyError, get_p, set_p, use_p
-from recycle.family.switch import _decoder_streams
-from recycle.parscale import CacheError, shrink_cache
-from recycle.parscale.prefix import PREFIX_CHILD, ActiveStreams, forward_state
-from recycle.parscale.streams import choose_streams
+from recycle.parscale import ActiveStreams, CacheError, choose_streams, shrink_cache
+from recycle.parscale.active import forward_state
+from recycle.parscale.prefix import StreamPrefix
 from tests.adapters import logits, scramble, stream_config, stream_model, token_ids
 from tests.tiny import tiny_model
 
@@ -143,7 +142,7 @@ def test_an_exception_in_the_decoder_leaves_no_streams_behind(model):
     with pytest.raises(ZeroDivisionError):
         logits(model, ids)
     hook.remove()
-    assert forward_state.streams is None
+    assert forward_state.active is None
     bare = tiny_model(model.config.model_type)
     with model.disable_adapter():
         assert torch.equal(logits(model, ids), logits(bare, ids))
@@ -468,7 +467,7 @@ def test_hidden_states_and_attentions():
 @torch.no_grad()
 def test_several_heads_come_stacked_from_one_pass(model):
     ids = token_ids(2, 7)
-    with choose_streams(_decoder_streams(model), ActiveStreams("default", 4, (2, 4))):
+    with choose_streams(model, ActiveStreams("default", 4, (2, 4))):
         both = model(ids, use_cache=False).logits
     for p, part in zip((2, 4), both.chunk(2), strict=True):
         set_p(model, p)
@@ -539,7 +538,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(model, reentrant, p):
     if reentrant:
         model.enable_input_require_grads()
     runs = []
-    attention = next(m for m in model.modules() if PREFIX_CHILD in m._modules)
+    attention = next(m for m in model.modules() if StreamPrefix.child_name in m._modules)
     hook = attention.register_forward_hook(lambda *_: runs.append(1))
     actual = gradients(model, ids, p)
     hook.remove()

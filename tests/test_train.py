@@ -2,8 +2,8 @@
 
 import hashlib
 import importlib
-import itertools
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,23 +14,22 @@ from torch.nn import functional as F
 
 from recycle import backbone as backbones
 from recycle import data
+from recycle.cost import Work
 from recycle.data import Splits
-from recycle.evaluate.losses import contenders, document_losses
+from recycle.evaluate import OutputHead, document_losses, variants_of
+from recycle.parscale import ActiveStreams, choose_streams
 from recycle.parscale import prefix as prefix_module
-from recycle.parscale.initialise import streams_of
-from recycle.parscale.prefix import ActiveStreams
-from recycle.parscale.streams import choose_streams
 from recycle.progress import Silent
 from recycle.recipe import Recipe, resolve
 from recycle.results import TrainingRecord
+from recycle.run.folder import Found
+from recycle.run.plan import plan_run
 from recycle.train import (
-    Job,
     StreamTrainer,
     TrainingError,
+    TrainingPlan,
     add_adapter,
-    jobs,
     last_checkpoint,
-    steps,
     train,
 )
 from tests.runs import STEP_TOKENS, write_recipe
@@ -42,7 +41,7 @@ RATES = {"nested": 1e-2, "aggregator": 1e-3, "control": 3e-2}
 
 
 class Workshop:
-    """A backbone, blocks and adapters for one recipe, and the trainings of its jobs."""
+    """A backbone, blocks and adapters for one recipe, and the trainings of its plan."""
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
@@ -51,27 +50,34 @@ class Workshop:
         self.splits: Splits = data.prepare(
             recipe.data,
             self.tokenizer,
-            train_blocks=steps(recipe) * recipe.training.batch_size,
+            train_blocks=self.plans()[0].steps * recipe.training.batch_size,
             num_virtual_tokens=recipe.method.num_virtual_tokens,
             num_starts=max(recipe.streams),
         )
 
-    def add(self, job: Job) -> None:
-        self.model = add_adapter(self.model, job, self.recipe, self.splits.starts)
+    def plans(self, folder: Path = Path("unused")) -> tuple[TrainingPlan, ...]:
+        """The trainings of the recipe, with their checkpoints in this folder."""
+        trainings = plan_run(Found(self.recipe, folder, None)).trainings
+        return tuple(replace(plan, folder=folder / plan.adapter) for plan in trainings)
 
-    def train(self, job: Job, folder: Path) -> TrainingRecord:
-        arguments = (self.splits, self.recipe, folder / job.adapter, Silent())
-        return train(self.model, self.tokenizer, job, *arguments)
+    def add(self, plan: TrainingPlan) -> None:
+        starts, quantization = self.splits.starts, self.recipe.backbone.quantization
+        self.model = add_adapter(self.model, plan, self.recipe.method, starts, quantization)
 
-    def trainer(self, job: Job, folder: Path) -> StreamTrainer:
-        arguments = (job, self.splits, self.recipe, folder, Silent())
-        return StreamTrainer(self.model, self.tokenizer, *arguments)
+    def train(self, plan: TrainingPlan) -> TrainingRecord:
+        splits, size = self.splits, self.recipe.evaluation.batch_size
+        return train(self.model, plan, splits.train, splits.validation, size, Silent())
+
+    def trainer(self, plan: TrainingPlan, head: OutputHead) -> StreamTrainer:
+        splits, size = self.splits, self.recipe.evaluation.batch_size
+        arguments = (splits.train, splits.validation, size, head, Silent())
+        return StreamTrainer(self.model, plan, *arguments)
 
     def train_all(self, folder: Path) -> list[TrainingRecord]:
         trainings = []
-        for job in jobs(self.recipe):
-            self.add(job)
-            trainings.append(self.train(job, folder))
+        for plan in self.plans(folder):
+            self.add(plan)
+            trainings.append(self.train(plan))
         return trainings
 
     def adapter(self, name: str) -> dict[str, nn.Parameter]:
@@ -136,25 +142,42 @@ def recording(monkeypatch: pytest.MonkeyPatch) -> type[Recording]:
 def test_the_estimate(workshop: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From steps of one second and a growth of 1 GiB, for what is still to be done."""
     tiny = workshop(**{"data.block_size": 64, "training.tokens": 8 * 4 * 64})
-    family, control = jobs(tiny.recipe)
+    family, control = tiny.plans()
     tiny.add(family)
-    clock, memory = itertools.count(), iter([2 * 2**30, 3 * 2**30])
+    # The passes: one to warm up, then learning in 8 s, reading in 4, reading alone in 1.
+    clock = iter([0, 100, 0, 8, 0, 4, 0, 1])
+    memory = iter([2 * 2**30, 3 * 2**30])
     monkeypatch.setattr(estimate_room.time, "perf_counter", lambda: next(clock))
     monkeypatch.setattr(estimate_room, "_memory", lambda device: next(memory))
-    found = estimate_room.estimate(
-        tiny.model, tiny.recipe, jobs(tiny.recipe), {"nested": 3, "control": 8}
-    )
-    assert found.tokens == {"nested": 3 * 4 * 64, "control": 8 * 4 * 64}
-    # A pass of 64 tokens through 4 streams takes a second, forward as well as with the backward.
-    learned = 3 * 4 * 64 * 4 + 8 * 4 * 64 * 1
-    validated = 64 * 3 * (2 * 4 + 4 * 1)  # 3 documents, before, after 4 steps, after 8, at the end
-    tested = 64 * 6 * (1 + 1 + 4)  # the backbone, the control, and the family in one pass
-    assert found.seconds == pytest.approx((learned + validated + tested) / (64 * 4))
+    work = [
+        Work(ActiveStreams("nested", 4, (2, 4)), learned=3 * 64, read=5 * 64),
+        Work(ActiveStreams("control", 1, (1,)), learned=7 * 64, read=11 * 64),
+    ]
+    with OutputHead(tiny.model) as head:
+        found = estimate_room.estimate_run(
+            tiny.model,
+            head.log_probs,
+            work,
+            backbone_read=13 * 64,
+            block_size=64,
+            micro_batch_size=2,
+            gradient_checkpointing=False,
+        )
+    # A block of 64 tokens is a pass; the control costs what the backbone does.
+    assert found.seconds == pytest.approx(3 * 8 + 5 * 4 + 7 * 2 + 11 * 1 + 13 * 1)
     adapter = sum(p.numel() for p in tiny.adapter("nested").values())
     # Two blocks in a micro-batch; a gradient and two moments in float32.
     assert found.gib == pytest.approx(2 + 2 + 12 * adapter / 2**30)
     assert not any(p.grad is not None for p in tiny.model.parameters())
     assert control.p_values == (1,)
+
+
+def test_validations_that_are_left(workshop: Any) -> None:
+    tiny = workshop(**{"training.validation_steps": 3})  # 8 steps: 0, 3, 6 and 8
+    plan = tiny.plans()[0]
+    assert [plan.validations(done) for done in range(9)] == [4, 3, 3, 2, 2, 2, 1, 1, 0]
+    even = workshop(**{"training.validation_steps": 4}).plans()[0]  # 0, 4 and 8
+    assert [even.validations(done) for done in (0, 3, 4, 8)] == [3, 2, 1, 0]
 
 
 # ---- what learns
@@ -166,10 +189,10 @@ def test_prefixes_and_aggregators_learn_and_no_bit_of_the_backbone(
     tiny = workshop(**{"backbone.dtype": "bfloat16", "training.warmup": 0})
     before = hashes(tiny.model)
     assert len(before) > 20
-    for job in jobs(tiny.recipe):
+    for job in tiny.plans(tmp_path):
         tiny.add(job)
         start = {name: p.detach().clone() for name, p in tiny.adapter(job.adapter).items()}
-        tiny.train(job, tmp_path)
+        tiny.train(job)
         for name, parameter in tiny.adapter(job.adapter).items():
             assert parameter.dtype == torch.float32
             assert not torch.equal(parameter, start[name]), name
@@ -182,22 +205,22 @@ def test_prefixes_and_aggregators_learn_and_no_bit_of_the_backbone(
 
 def test_the_control_leaves_the_family_as_it_was(workshop: Any, tmp_path: Path) -> None:
     tiny = workshop()
-    family, control = jobs(tiny.recipe)
+    family, control = tiny.plans(tmp_path)
     tiny.add(family)
-    tiny.train(family, tmp_path)
+    tiny.train(family)
     trained = {name: p.detach().clone() for name, p in tiny.adapter("nested").items()}
     tiny.add(control)
-    tiny.train(control, tmp_path)
+    tiny.train(control)
     for name, parameter in tiny.adapter("nested").items():
         assert torch.equal(parameter, trained[name]), name
 
 
 def test_a_head_of_weight_zero_learns_nothing(workshop: Any, tmp_path: Path) -> None:
     tiny = workshop(**{"training.loss_weights": {"2": 0}, "training.control": False})
-    (job,) = jobs(tiny.recipe)
+    (job,) = tiny.plans(tmp_path)
     tiny.add(job)
     start = {name: p.detach().clone() for name, p in tiny.adapter("nested").items()}
-    tiny.train(job, tmp_path)
+    tiny.train(job)
     moved = {n for n, p in tiny.adapter("nested").items() if not torch.equal(p, start[n])}
     assert not [name for name in moved if "p2_" in name]
     assert {name for name in start if "p4_" in name} <= moved
@@ -211,20 +234,22 @@ def test_the_loss_is_the_weighted_mean_of_every_head_on_its_own(
     workshop: Any, tmp_path: Path, weights: dict[str, float]
 ) -> None:
     tiny = workshop(**{"training.loss_weights": weights})
-    job = jobs(tiny.recipe)[0]
+    job = tiny.plans(tmp_path)[0]
     tiny.add(job)
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():  # a fresh aggregator weighs all streams alike
         for parameter in tiny.adapter("nested").values():
             parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
-    trainer = tiny.trainer(job, tmp_path)
     tokens = torch.tensor(tiny.splits.train[:3]["input_ids"])
-    found = trainer.compute_loss(tiny.model, {"input_ids": tokens, "labels": tokens}).item()
-    trainer.release()
+    with OutputHead(tiny.model) as head:
+        trainer = tiny.trainer(job, head)
+        inputs = {"input_ids": tokens, "labels": tokens}
+        count = tokens[:, 1:].numel()
+        found = trainer.compute_loss(tiny.model, inputs, num_items_in_batch=count).item()
 
     single: dict[int, Tensor] = {}
     for p in (2, 4):
-        with choose_streams(streams_of(tiny.model), ActiveStreams("nested", p, (p,))):
+        with choose_streams(tiny.model, ActiveStreams("nested", p, (p,))):
             logits = tiny.model(input_ids=tokens, use_cache=False).logits
         single[p] = F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
     shares = {p: weights.get(str(p), 1.0) for p in (2, 4)}
@@ -286,15 +311,15 @@ def test_learning_rates(
 
 def test_the_groups_of_the_optimizer_hold_what_they_say(workshop: Any, tmp_path: Path) -> None:
     tiny = workshop()
-    job = jobs(tiny.recipe)[0]
+    job = tiny.plans(tmp_path)[0]
     tiny.add(job)
-    trainer = tiny.trainer(job, tmp_path)
+    with OutputHead(tiny.model) as head:
+        trainer = tiny.trainer(job, head)
     names = {id(parameter): name for name, parameter in tiny.model.named_parameters()}
     prefixes, aggregators = (
         [names[id(parameter)] for parameter in group["params"]]
         for group in trainer.optimizer.param_groups
     )
-    trainer.release()
     assert len(prefixes) == 2 * 2  # keys and values in each of two layers
     assert all("parscale_keys" in name or "parscale_values" in name for name in prefixes)
     assert len(aggregators) == 2 * 4  # two linear layers for each of two p_values
@@ -357,8 +382,9 @@ def test_the_validation_curve(workshop: Any, tmp_path: Path) -> None:
         assert [point.step for point in training.curve] == [0, 4, 8]
         assert [point.tokens for point in training.curve] == [0, 4 * STEP_TOKENS, 8 * STEP_TOKENS]
         assert all(list(point.validation_loss) == names for point in training.curve)
-    layer = streams_of(tiny.model)
-    found = document_losses(tiny.model, layer, contenders(layer), tiny.splits.validation, 2)
+    tiny.model.eval()
+    with OutputHead(tiny.model) as head:
+        found = document_losses(head, variants_of(tiny.model), tiny.splits.validation, 2)
     for name, loss in {
         **family.curve[-1].validation_loss,
         **control.curve[-1].validation_loss,
@@ -397,7 +423,7 @@ def test_random_starts_are_the_same_for_the_same_seed(workshop: Any) -> None:
     starts = []
     for seed in (0, 0, 1):
         tiny = workshop(**{"method.init": "random", "training.seed": seed})
-        tiny.add(jobs(tiny.recipe)[0])
+        tiny.add(tiny.plans()[0])
         starts.append(torch.cat([p.flatten() for p in tiny.adapter("nested").values()]))
     assert torch.equal(starts[0], starts[1])
     assert not torch.equal(starts[0], starts[2])
@@ -446,23 +472,23 @@ def test_a_loss_that_is_not_finite_stops_and_can_be_resumed(
 
 def test_a_start_that_is_not_finite(workshop: Any, tmp_path: Path) -> None:
     tiny = workshop()
-    job = jobs(tiny.recipe)[0]
+    job = tiny.plans(tmp_path)[0]
     tiny.add(job)
     with torch.no_grad():
         next(iter(tiny.adapter("nested").values())).fill_(math.inf)
     with pytest.raises(TrainingError, match="validation loss is not finite at step 0"):
-        tiny.train(job, tmp_path)
+        tiny.train(job)
     assert not list(tmp_path.rglob("checkpoint-*"))
 
 
 def test_a_frozen_prefix(workshop: Any, tmp_path: Path) -> None:
     tiny = workshop()
-    job = jobs(tiny.recipe)[0]
+    job = tiny.plans(tmp_path)[0]
     tiny.add(job)
     name, parameter = next(iter(tiny.adapter("nested").items()))
     parameter.requires_grad_(False)
     with pytest.raises(TrainingError) as caught:
-        tiny.train(job, tmp_path)
+        tiny.train(job)
     assert f"gradient of {name} is missing at step 1" in str(caught.value)
 
 
@@ -477,12 +503,12 @@ def test_a_detached_prefix(workshop: Any, tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_a_gradient_that_is_not_finite(workshop: Any, tmp_path: Path) -> None:
     tiny = workshop()
-    job = jobs(tiny.recipe)[0]
+    job = tiny.plans(tmp_path)[0]
     tiny.add(job)
     name, parameter = next(iter(tiny.adapter("nested").items()))
     parameter.register_hook(lambda gradient: gradient * math.inf)
     with pytest.raises(TrainingError) as caught:
-        tiny.train(job, tmp_path)
+        tiny.train(job)
     assert f"gradient of {name} is not finite at step 1" in str(caught.value)
 
 
@@ -562,23 +588,24 @@ LLAMA_4 = {"head_dim": 16, "num_local_experts": 2, "no_rope_layers": [1, 0]}
     ("model_type", "sizes", "fused"),
     [("llama", {}, True), ("modernbert-decoder", {}, False), ("llama4_text", LLAMA_4, False)],
 )
-def test_the_loss_is_that_of_the_models_own_head(tmp_path, model_type, sizes, fused):
+def test_the_loss_is_that_of_the_models_own_head(tmp_path, monkeypatch, model_type, sizes, fused):
     """Between its decoder and its output matrix, ModernBERT has a layer that TRL leaves out."""
+    monkeypatch.setattr("recycle.evaluate.head.FEW_LOGITS", 0)
     backbone = save_tiny(tmp_path / "model", model_type, **sizes)
     workshop = Workshop(resolve(str(write_recipe(tmp_path, backbone)), []).recipe)
-    job = jobs(workshop.recipe)[0]
+    job = workshop.plans(tmp_path)[0]
     workshop.add(job)
-    trainer = workshop.trainer(job, tmp_path / "training")
-    assert trainer.fused is fused
     ids = torch.tensor([workshop.splits.train[0]["input_ids"]])
     workshop.model.eval()
-    trainer.compute_loss(workshop.model, {"input_ids": ids, "labels": ids})
-    streams = ActiveStreams(job.adapter, job.p_values[-1], job.p_values)
-    with choose_streams(trainer.layer, streams):
+    active = ActiveStreams(job.adapter, job.num_streams, job.p_values)
+    with OutputHead(workshop.model) as head:
+        assert head.fused is fused
+        found = head.log_probs(active, ids, ids)
+    with choose_streams(workshop.model, active):
         logits = workshop.model(input_ids=ids, use_cache=False).logits
     expected = [
         F.cross_entropy(each[:-1], ids[0, 1:])
         for each in logits.view(len(job.p_values), *logits.shape[1:])
     ]
-    torch.testing.assert_close(trainer.head_losses[0], torch.stack(expected), atol=1e-4, rtol=0)
-    trainer.release()
+    losses = -found.mean(dim=(1, 2))
+    torch.testing.assert_close(losses, torch.stack(expected), atol=1e-4, rtol=0)

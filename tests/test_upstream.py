@@ -353,10 +353,13 @@ REFUSED = {
     "no config": (lambda f: (f / "config.json").unlink(), "has no config.json"),
     "torn config": (lambda f: (f / "config.json").write_text("{"), "config.json is not valid"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "weights must be safetensors"),
-    "truncated": (truncate, r"model.safetensors is torn: it ends within tensor model\.\S+, 1000"),
+    "truncated": (
+        truncate,
+        r"model.safetensors is damaged: .* within tensor model\.\S+, 1000",
+    ),
     "truncated shard": (
         truncate_shard,
-        r"00002-of-00003.safetensors is torn: .* tensor model\.\S+, 4 ",
+        r"00002-of-00003.safetensors is damaged: .* tensor model\.\S+, 4 ",
     ),
     "missing shard": (
         remove_shard,
@@ -372,7 +375,7 @@ REFUSED = {
     ),
     "torn header": (
         lambda f: (f / "model.safetensors").write_bytes(b"\x10" + bytes(7) + b"{" * 16),
-        "model.safetensors is torn: its header cannot be read",
+        "model.safetensors is damaged: its header cannot be read",
     ),
     "missing weight": (
         remove_a_weight,

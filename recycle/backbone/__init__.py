@@ -1,12 +1,13 @@
 """Hub id, folder or `package://PACKAGE/FILE.gguf` -> frozen model, tokenizer and their source."""
 
 from .errors import BackboneError
-from .loading import BackboneConfig, Source, load_backbone, resolve_source
+from .loading import BackboneConfig, Source, load_backbone, load_tokenizer, resolve_source
 
 __all__ = [
     "BackboneConfig",
     "BackboneError",
     "Source",
     "load_backbone",
+    "load_tokenizer",
     "resolve_source",
 ]

@@ -19,7 +19,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from .source import ANYONE, Access, SourceError, SourceFiles, read_config, source_files
+from .header import read_header
+from .source import ANYONE, Access, SourceFiles, read_config, source_files
 
 SLICES, SLICE_BYTES = 4, 64  # in each tensor: the first bytes, the last, and two slices between
 
@@ -51,7 +52,7 @@ class Fingerprint:
     """What identifies a backbone; `config`, `tensors` and `samples` are SHA-256 in hex."""
 
     id: str
-    """Hub id or absolute folder: a name for people, no part of the identity."""
+    """Hub id or absolute folder: no part of the identity."""
     revision: str | None
     """Commit on the Hub, None for a folder: no part of the identity either."""
     config: str
@@ -62,14 +63,15 @@ class Fingerprint:
     """Of a few slices of each tensor's bytes, as they lie in the file."""
 
     def to_dict(self) -> dict[str, str | None]:
-        return asdict(self)
+        """As adapters record it; of a folder only the last part, since adapters are published."""
+        return asdict(self) | {"id": Path(self.id).name if Path(self.id).is_absolute() else self.id}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "Fingerprint":
         return cls(**data)
 
 
-def fingerprint(
+def fingerprint_model(
     source: str | os.PathLike[str], revision: str | None = None, access: Access = ANYONE
 ) -> Fingerprint:
     """Return the fingerprint of a model folder or of a model on the Hub.
@@ -81,26 +83,23 @@ def fingerprint(
         access: how the Hub is reached.
 
     Raises:
-        SourceError: no such folder or model, no access to it, or files that are missing or torn.
+        SourceError: no such folder or model, no access to it, or files that are missing or damaged.
     """
     return fingerprint_files(source_files(source, revision, access))
 
 
 def fingerprint_files(files: SourceFiles) -> Fingerprint:
     """Return the fingerprint of files that `source_files` has found."""
-    tensors: dict[str, tuple[Path, list[int], int, int]] = {}
-    for path in files.weights:
-        for name, shape, start, end in _header(path):
-            tensors[name] = (path, shape, start, end)
-    names_and_shapes = [[name, tensors[name][1]] for name in sorted(tensors)]
+    tensors = {name: (path, e) for path in files.weights for name, e in read_header(path).items()}
+    names_and_shapes = [[name, list(tensors[name][1].shape)] for name in sorted(tensors)]
 
     samples = hashlib.sha256()
     streams = {path: path.open("rb") for path in files.weights}
     try:
         for name in sorted(tensors):
-            path, _, start, end = tensors[name]
-            samples.update(f"{name}:{end - start}:".encode())
-            for piece in _slices(streams[path], start, end):
+            path, entry = tensors[name]
+            samples.update(f"{name}:{entry.end - entry.start}:".encode())
+            for piece in _slices(streams[path], entry.start, entry.end):
                 samples.update(piece)
     finally:
         for stream in streams.values():
@@ -125,27 +124,6 @@ def differences(a: Fingerprint, b: Fingerprint) -> list[str]:
         "samples": "the tensors' values or stored dtype",
     }
     return [words for part, words in parts.items() if getattr(a, part) != getattr(b, part)]
-
-
-def _header(path: Path) -> Iterator[tuple[str, list[int], int, int]]:
-    """Yield name, shape, first byte and end of each tensor in a safetensors file."""
-    torn = SourceError(f"{path} is truncated or not a safetensors file; get the file anew")
-    size = path.stat().st_size
-    with path.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if size < 8 or length > size - 8:
-            raise torn
-        try:
-            header = json.loads(stream.read(length))
-            header.pop("__metadata__", None)
-            found = [(name, x["shape"], *x["data_offsets"]) for name, x in header.items()]
-        except (ValueError, TypeError, KeyError, AttributeError):
-            raise torn from None
-    data = 8 + length
-    for name, shape, start, end in found:
-        if data + end > size:
-            raise torn
-        yield name, shape, data + start, data + end
 
 
 def _slices(stream: BinaryIO, start: int, end: int) -> Iterator[bytes]:

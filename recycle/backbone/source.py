@@ -15,14 +15,22 @@ from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
+    HTTPError,
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
 
+from recycle.disk import expand
 from recycle.errors import RecycleError
 
 ADAPTER = "adapter_config.json"
+# Every file that a tokenizer may need; nothing that runs code.
+TOKENIZER_FILES = (
+    *("token*.json", "vocab*.json", "vocab*.txt", "merges*.txt", "special_tokens*.json"),
+    *("added_tokens*.json", "chat_template*", "additional_chat_templates/*.jinja"),
+    *("*.model", "*.tiktoken"),
+)
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -57,7 +65,7 @@ def source_files(
     source: str | os.PathLike[str], revision: str | None = None, access: Access = ANYONE
 ) -> SourceFiles:
     """Find config.json and the safetensors files of a folder or Hub id; see `fingerprint`."""
-    folder = Path(source).expanduser()
+    folder = expand(source)
     if folder.is_dir():
         if revision is not None:
             raise SourceError(
@@ -152,7 +160,7 @@ def _reach(repo: str, revision: str | None, token: str | bool | None) -> bool:
             f"the Hub has no {_named(repo)}, or it is private, and there is no such folder: "
             "check the spelling, or log in with `hf auth login`"
         )
-    except Exception:  # no network or a Hub that is down; the HTTP library's errors vary by version
+    except (HTTPError, OSError):  # no network, or a Hub that is down
         return False
     else:
         if all(file.rfilename != ADAPTER for file in info.siblings or []):

@@ -1,5 +1,5 @@
 """What a run will take, told before it starts."""
 
-from .estimate import Estimate, estimate
+from .estimate import Estimate, Work, estimate_run
 
-__all__ = ["Estimate", "estimate"]
+__all__ = ["Estimate", "Work", "estimate_run"]

@@ -1,20 +1,35 @@
-"""Expected time and memory of a run, before it starts."""
+"""Expected time and memory of a run, from a pass of each kind with the model itself.
+
+Dimensions: B blocks, S tokens of a block, |P| values of P at once.
+"""
 
 import resource
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from peft import PeftModelForCausalLM
-from torch.nn import functional as F
+from torch import Tensor
 
-from recycle.parscale.initialise import streams_of
-from recycle.parscale.prefix import ActiveStreams
-from recycle.parscale.streams import choose_streams
-from recycle.recipe import Recipe
+from recycle.parscale import ActiveStreams
+
+LogProbs = Callable[[ActiveStreams | None, Tensor, Tensor], Tensor]
+"""Streams, `input_ids` and `labels` `[B, S]` to log-probabilities `[|P|, B, S - 1]`."""
+WARM_UP = 32  # tokens
+CPU_TOKENS = 128  # of a measured pass: enough to tell, and seconds where a CPU is slow
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is still to be done with one adapter, in text tokens."""
+
+    active: ActiveStreams
+    learned: int
+    """Tokens to learn from."""
+    read: int
+    """Tokens of validation and test."""
 
 
 @dataclass(frozen=True)
@@ -23,70 +38,65 @@ class Estimate:
 
     seconds: float
     gib: float
-    tokens: dict[str, int]  # of text, that each adapter still learns from
 
 
-def estimate(
-    model: PeftModelForCausalLM, recipe: Recipe, jobs: Sequence[Any], steps_left: dict[str, int]
+def estimate_run(
+    model: PeftModelForCausalLM,
+    log_probs: LogProbs,
+    work: Sequence[Work],
+    *,
+    backbone_read: int,
+    block_size: int,
+    micro_batch_size: int,
+    gradient_checkpointing: bool,
 ) -> Estimate:
-    """Expected time and memory of the rest of a run, from short steps with its first adapter.
+    """Expected time and memory of the rest of a run, from short passes with its first adapter.
 
     Args:
-        model: The backbone with the first job's adapter.
-        recipe: The run's.
-        jobs: Its trainings.
-        steps_left: Optimiser steps that each job still has to do, by its adapter's name.
+        model: The backbone with the adapter of the first piece of work, which has the most streams.
+        log_probs: How losses are computed in the run.
+        work: What is to be done with each adapter.
+        backbone_read: Test tokens that the backbone reads alone.
+        block_size: Tokens of a block.
+        micro_batch_size: Blocks in a forward and backward pass.
+        gradient_checkpointing: Activations are computed twice in training.
     """
-    layer = streams_of(model)
-    job = jobs[0]
-    p = job.p_values[-1]
-    device = next(model.parameters()).device
-    block = recipe.data.block_size
-    length = min(block, 128)
-    vocabulary = model.config.get_text_config().vocab_size
-    tokens = (torch.arange(length, device=device) % vocabulary).unsqueeze(0)
-    if recipe.training.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-        model.train()
+    device = model.device
+    active = work[0].active
+    length = block_size if device.type == "cuda" else min(block_size, CPU_TOKENS)
+    vocabulary = model.get_input_embeddings().num_embeddings
+    ids = (torch.arange(length, device=device) % vocabulary).unsqueeze(0)
     before = _memory(device)
 
-    def seconds_per_stream_token(backward: bool) -> float:
+    def seconds(streams: ActiveStreams | None, tokens: Tensor, backward: bool = False) -> float:
         started = time.perf_counter()
-        with choose_streams(layer, ActiveStreams(job.adapter, p, job.p_values)):
-            labels = tokens.repeat(len(job.p_values), 1)
-            with torch.set_grad_enabled(backward):
-                loss = F.cross_entropy(
-                    model(input_ids=tokens, use_cache=False).logits.flatten(0, 1).float(),
-                    labels.flatten(),
-                )
-            loss.backward() if backward else loss.item()
-        return (time.perf_counter() - started) / (length * p)
+        with torch.set_grad_enabled(backward):
+            total = log_probs(streams, tokens, tokens).sum()
+        total.backward() if backward else None
+        total.item()  # waits for the GPU
+        return time.perf_counter() - started
 
-    seconds_per_stream_token(True)  # the first pass also sets kernels up
-    learning = min(seconds_per_stream_token(True) for _ in range(2))
-    reading = min(seconds_per_stream_token(False) for _ in range(2))
+    if gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()
+    seconds(active, ids[:, :WARM_UP], backward=True)  # sets kernels up
+    learning = seconds(active, ids, backward=True)
     model.zero_grad(set_to_none=True)
     model.eval()
-
-    training, data = recipe.training, recipe.data
-    all_streams = sum(job.p_values[-1] for job in jobs)
-    text: dict[str, int] = {}
-    learned = 0  # stream-tokens
-    read = block * (all_streams + 1) * data.test_documents
-    for each in jobs:
-        left, streams = steps_left[each.adapter], each.p_values[-1]
-        points = left // training.validation_steps + (2 if left else 0)
-        text[each.adapter] = left * training.batch_size * block
-        learned += text[each.adapter] * streams
-        read += points * data.validation_documents * block * streams
+    reading, reading_alone = seconds(active, ids), seconds(None, ids)
+    # The cost of one stream between those of the adapter and of the backbone alone, the control.
+    each = max(active.num_streams - 1, 1)
+    share = {p: (p - 1) / each for p in range(1, active.num_streams + 1)}
+    total = backbone_read * reading_alone
+    for piece in work:
+        part = share[piece.active.num_streams]
+        read = reading_alone + part * (reading - reading_alone)
+        total += piece.read * read + piece.learned * read * learning / reading
     adapter = sum(x.numel() for x in model.parameters() if x.requires_grad)
-    micro_batches = training.micro_batch_size * block / length
-    logits = recipe.evaluation.batch_size * len(job.p_values) * block * vocabulary
-    growth = max((_memory(device) - before) * micro_batches, logits * model.dtype.itemsize)
+    growth = (_memory(device) - before) * micro_batch_size * block_size / length
     return Estimate(
-        seconds=learned * learning + read * reading,
+        seconds=total / length,
         gib=(before + growth + 3 * 4 * adapter) / 2**30,  # gradient and AdamW's two moments
-        tokens=text,
     )
 
 

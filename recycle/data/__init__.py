@@ -5,7 +5,7 @@ each split takes), `files.py` and `rows.py` (the sources), `text.py` (one docume
 """
 
 from .files import STDLIB
-from .splits import Document, Splits, prepare
+from .splits import IGNORED, Document, Splits, prepare
 from .text import DataError
 
-__all__ = ["STDLIB", "DataError", "Document", "Splits", "prepare"]
+__all__ = ["IGNORED", "STDLIB", "DataError", "Document", "Splits", "prepare"]

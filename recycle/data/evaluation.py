@@ -1,18 +1,36 @@
-"""Validation and test: what they take, and what leaves for sharing its lines with training."""
+"""Validation and test: what they take, and what leaves for sharing its lines."""
 
 import math
 from collections import Counter
 from dataclasses import dataclass, field
 
-from .text import DataError, Text, Tokenised, besides
+from .text import Text, Tokenised
 
 SURPLUS = 1.25  # documents gathered for each one wanted, since some leave
 DOCUMENTS_PER_GROUP = 4  # documents of one group, at most
-OVERLAP = 0.3  # share of a document's lines that training may hold
+OVERLAP = 0.3  # share of a document's lines that training, or one other document, may hold
+
+
+class Kept:
+    """The evaluation documents so far, by their lines."""
+
+    def __init__(self) -> None:
+        self._documents = 0
+        self._holding: dict[str, list[int]] = {}  # a line -> the documents with it
+
+    def nearest(self, lines: set[str]) -> float:
+        """The largest share of these lines that one document holds."""
+        shared = Counter(number for line in lines for number in self._holding.get(line, ()))
+        return max(shared.values(), default=0) / max(len(lines), 1)
+
+    def add(self, lines: set[str]) -> None:
+        for line in lines:
+            self._holding.setdefault(line, []).append(self._documents)
+        self._documents += 1
 
 
 @dataclass
-class Evaluation:
+class EvaluationSplit:
     """Candidates of validation or test."""
 
     name: str
@@ -21,9 +39,11 @@ class Evaluation:
     lines: set[str]
     documents: int = 0
     groups: int = 0
-    removed: int = 0
+    overlapping: int = 0
+    copies: int = 0
     pool: list[Tokenised] = field(default_factory=list)
     by_group: Counter[str] = field(default_factory=Counter)
+    kept: list[Tokenised] = field(default_factory=list)
 
     @property
     def full(self) -> bool:
@@ -37,35 +57,31 @@ class Evaluation:
             self.pool.append((text, ids[: self.block_size]))
             self.lines |= text.lines()
 
-    def keep(
-        self, training_lines: set[str], skipped: Counter[str], first: "Evaluation | None" = None
-    ) -> list[Tokenised]:
-        """The wanted number of candidates that share few enough lines with training.
+    def keep(self, training_lines: set[str], others: Kept) -> None:
+        """Take the wanted number of candidates that share few enough lines.
 
         Args:
-            training_lines: of the training documents.
-            skipped: what was left out before.
-            first: the split that took its groups before this one.
+            training_lines: Of the training documents.
+            others: What the splits before this one kept; what this one keeps is added.
         """
-        clean = [(text, ids) for text, ids in self.pool if _share(text, training_lines) <= OVERLAP]
-        self.removed = len(self.pool) - len(clean)
-        after, lower = "", f"`data.{self.name}_documents`"
-        if first is not None:
-            after = f" after {first.name} had taken {first.groups}"
-            lower = f"`data.{first.name}_documents`, {lower}"
-        if len(clean) < self.wanted:
-            raise DataError(
-                f"data.{self.name}_documents={self.wanted} asks for as many documents of at least "
-                f"data.block_size={self.block_size} tokens, and {len(clean)} are left: "
-                f"{self.documents} documents in {self.groups} groups were read for it{after}, "
-                f"{len(self.pool)} are long enough and among the first {DOCUMENTS_PER_GROUP} of "
-                f"their group, {self.removed} of them share over {OVERLAP:.0%} of their lines with "
-                f"training{besides(skipped)}. Give data of more documents and groups, or set "
-                f"{lower} or `data.block_size` lower."
-            )
-        return clean[: self.wanted]
+        for text, ids in self.pool:
+            lines = text.lines()
+            if len(lines & training_lines) / max(len(lines), 1) > OVERLAP:
+                self.overlapping += 1
+            elif others.nearest(lines) > OVERLAP:
+                self.copies += 1
+            elif len(self.kept) < self.wanted:
+                others.add(lines)
+                self.kept.append((text, ids))
 
-
-def _share(text: Text, training_lines: set[str]) -> float:
-    lines = text.lines()
-    return len(lines & training_lines) / max(len(lines), 1)
+    def shortage(self) -> list[str]:
+        """What is missing, in words."""
+        if len(self.kept) == self.wanted:
+            return []
+        return [
+            f"{self.name} asks for {self.wanted} documents of at least {self.block_size} tokens "
+            f"and has {len(self.kept)}: of {self.documents} documents in {self.groups} groups, "
+            f"{len(self.pool)} are long enough and among the first {DOCUMENTS_PER_GROUP} of their "
+            f"group, {self.overlapping} of them share over {OVERLAP:.0%} of their lines with "
+            f"training, and {self.copies} with another evaluation document"
+        ]

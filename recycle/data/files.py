@@ -6,16 +6,17 @@ import platform
 import random
 import sysconfig
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
+from recycle.disk import expand
 from recycle.recipe import Data, holds_run
 
 from .evaluation import DOCUMENTS_PER_GROUP
-from .text import DataError, Text
+from .text import DataError, Text, besides
 
 # In Python 3.11 to 3.13 on every machine; no tests, no tables, nothing that an installation writes.
 _STDLIB = """
@@ -50,7 +51,7 @@ def read_stdlib(data: Data, facts: dict[str, Any], skipped: Counter[str]) -> Ite
     for package in sorted(packages):
         # A module in one version of Python is a package in another (pathlib, zipfile).
         single = root / f"{package}.py"
-        inside = _walk(root / package, skip={"test", "tests", "__pycache__"})
+        inside = _walk(root / package, {"test", "tests", "__pycache__"}, Counter())
         found[package] = [single] if single.is_file() else [f for f in inside if f.suffix == ".py"]
     facts["python"] = platform.python_version()
     facts["packages"] = [package for package, files in found.items() if files]
@@ -60,7 +61,7 @@ def read_stdlib(data: Data, facts: dict[str, Any], skipped: Counter[str]) -> Ite
 
 def read_files(data: Data, facts: dict[str, Any], skipped: Counter[str]) -> Iterator[Text]:
     """Text files; the group is the first folder in which they part, or the file itself."""
-    root, files = matching(data)
+    root, files = matching(data, skipped)
     facts |= {"path": data.path, "files": len(files)}
     groups: dict[str, list[Path]] = {}
     if len(files) > 1:  # src/package/...: what all of them share is no group
@@ -80,7 +81,7 @@ def _read(
             skipped["not UTF-8"] += 1  # folders of text often hold an image or an archive
         except OSError as error:
             raise DataError(
-                f"Cannot read {file}: {error.strerror}. Mend it, or leave it out of data.path."
+                f"Cannot read {file}: {error.strerror}. Repair it, or leave it out of data.path."
             ) from None
         else:
             yield Text(group, file.relative_to(root).as_posix(), text)
@@ -106,20 +107,26 @@ def _evaluation_first(groups: dict[str, list[Path]], data: Data) -> list[tuple[s
     return lead + rest
 
 
-def matching(data: Data) -> tuple[Path, list[Path]]:
-    """The folder that names are relative to, and the files of data.path in sorted order."""
-    path = Path(str(data.path)).expanduser()
+def matching(data: Data, skipped: Counter[str]) -> tuple[Path, list[Path]]:
+    """The folder that names are relative to, and the files of data.path in sorted order.
+
+    Links are followed. What is left out is counted in `skipped`: what is hidden, runs, what is no
+    file or cannot be read, and a file that another path has brought already.
+    """
+    path = expand(str(data.path))
     if path.is_file():
         return path.parent, [path]
     if path.is_dir() and data.source == "files":
-        root, files = path, _walk(path, skip={"__pycache__"})
+        root, files = path, _walk(path, {"__pycache__"}, skipped)
     else:
         root = Path(*takewhile(lambda part: not glob.has_magic(part), path.parts))
-        matches = map(Path, glob.glob(str(path), recursive=True))
         runs = cache(holds_run)
-        files = sorted(
-            match for match in matches if match.is_file() and not any(map(runs, match.parents))
-        )
+        matches = _in_folders_once(map(Path, glob.glob(str(path), recursive=True)))
+        in_runs = [match for match in matches if any(map(runs, match.parents))]
+        others = [match for match in matches if match not in set(in_runs)]
+        no_files = [match for match in others if not match.is_file() and not match.is_dir()]
+        skipped += Counter({"in a run folder": len(in_runs), "no file": len(no_files)})
+        files = _once([match for match in others if match.is_file()], skipped)
     if not files:
         takes = {"files": "a folder, a file or a glob", "jsonl": "a file or a glob"}[data.source]
         found = "holds no file" if path.is_dir() else "matches no file"
@@ -127,19 +134,59 @@ def matching(data: Data) -> tuple[Path, list[Path]]:
             found = f"is a folder; its files are `data.path='{path}/*.jsonl'`"
         raise DataError(
             f"data.source={data.source} reads {takes}; data.path={data.path} {found} (looked from "
-            f"{Path.cwd()}). Set `data.path` to text that is there."
+            f"{Path.cwd()}{besides(skipped)}). Set `data.path` to text that is there."
         )
     return root, files
 
 
-def _walk(folder: Path, skip: set[str]) -> list[Path]:
-    """Files under `folder` in sorted order; nothing hidden, no folder named in `skip`, no run."""
-    files = []
-    for parent, folders, names in os.walk(folder):
-        folders[:] = [
-            name
-            for name in folders
-            if name not in skip and name[0] != "." and not holds_run(Path(parent, name))
-        ]
-        files += [Path(parent, name) for name in names if name[0] != "."]
-    return sorted(file for file in files if file.is_file())
+def _walk(folder: Path, skip: set[str], skipped: Counter[str]) -> list[Path]:
+    """Files under `folder` in sorted order, through links; no folder is entered twice."""
+    files: list[Path] = []
+    entered = {folder.resolve()}
+
+    def unreadable(error: OSError) -> None:
+        skipped["unreadable folder"] += 1
+
+    for parent, folders, names in os.walk(folder, followlinks=True, onerror=unreadable):
+        kept = []
+        for name in sorted(folders):
+            child = Path(parent, name)
+            if name in skip:
+                continue
+            if name[0] == ".":
+                skipped["hidden"] += 1
+            elif holds_run(child):
+                skipped["in a run folder"] += 1
+            elif child.resolve() in entered:
+                skipped["folder that was read already"] += 1
+            else:
+                entered.add(child.resolve())
+                kept.append(name)
+        folders[:] = kept
+        for name in names:
+            file = Path(parent, name)
+            if name[0] == ".":
+                skipped["hidden"] += 1
+            elif file.is_file():
+                files.append(file)
+            else:
+                skipped["no file"] += 1  # a link to nothing, a socket
+    return _once(sorted(files), skipped)
+
+
+def _in_folders_once(matches: Iterable[Path]) -> list[Path]:
+    """What a glob found, each folder under the shortest of its paths: links may go round."""
+    shortest: dict[Path, Path] = {}
+    found = sorted(matches, key=lambda match: (len(match.parts), match))
+    for folder in {match.parent: None for match in found}:
+        shortest.setdefault(folder.resolve(), folder)
+    kept = {folder for folder in shortest.values() if folder.is_dir()}
+    return [match for match in found if match.parent in kept]
+
+
+def _once(files: list[Path], skipped: Counter[str]) -> list[Path]:
+    """Each file once, under the first of its paths."""
+    found = {file.resolve(): file for file in reversed(files)}
+    if len(found) < len(files):
+        skipped["file that was read already"] += len(files) - len(found)
+    return sorted(found.values())

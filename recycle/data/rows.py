@@ -3,6 +3,7 @@
 import gzip
 import json
 import random
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -17,12 +18,16 @@ from recycle.recipe import Data
 from .files import matching
 from .text import DataError, Text, sha256
 
+HUB_TIMEOUT = 30.0  # seconds
+# JSON and UTF-8; the disk; gzip
+UNREADABLE = (ValueError, RecursionError, OSError, EOFError, zlib.error)
+UNREACHABLE = (HTTPError, OSError, datasets.exceptions.DatasetsError)
 SHUFFLE_BUFFER = 4096  # documents held in memory to shuffle a stream
 
 
 def read_jsonl(data: Data, facts: dict[str, Any], skipped: Counter[str]) -> Iterator[Text]:
     """Lines of JSON files; the group is the value of data.group_field, or the line itself."""
-    root, files = matching(data)
+    root, files = matching(data, skipped)
     facts |= {"path": data.path, "files": len(files), "text_field": data.text_field}
     random.Random(data.seed).shuffle(files)
     yield from _buffer_shuffled(_json_lines(files, root, data, skipped), data.seed)
@@ -40,10 +45,10 @@ def _json_lines(files: list[Path], root: Path, data: Data, skipped: Counter[str]
                         yield from _row_text(json.loads(line), data, where, where, skipped)
         except DataError:
             raise
-        except (ValueError, OSError, EOFError, RecursionError) as error:  # ValueError: JSON, UTF-8
+        except UNREADABLE as error:
             raise DataError(
                 f"data.source=jsonl takes one JSON object in UTF-8 on each line; {file}, line "
-                f"{number or 1}: {error}. Mend the file, or leave it out of data.path."
+                f"{number or 1}: {error}. Repair the file, or leave it out of data.path."
             ) from None
 
 
@@ -79,27 +84,29 @@ def _hub_rows(data: Data, facts: dict[str, Any]) -> Iterator[dict[str, Any]]:
         )
     try:
         # The commit, so that results name what was read even when the data set moves on.
-        facts["revision"] = HfApi().dataset_info(path, revision=data.revision).sha
+        info = HfApi().dataset_info(path, revision=data.revision, timeout=HUB_TIMEOUT)
+        facts["revision"] = info.sha
         rows = datasets.load_dataset(
-            path, data.subset, split=data.split, revision=facts["revision"], streaming=True
+            path, data.subset, split=data.split, revision=info.sha, streaming=True
         )
+    except (*UNREACHABLE, ValueError, RuntimeError) as error:  # a wrong split, a script
+        raise _unreadable(data, error) from None
+    try:
         yield from rows.shuffle(seed=data.seed, buffer_size=SHUFFLE_BUFFER)
-    except (
-        HTTPError,
-        OSError,
-        ValueError,
-        RuntimeError,
-        datasets.exceptions.DatasetsError,
-    ) as error:
-        # The line after "404 Client Error. (Request ID: …)" says what is the matter.
-        told = [line for line in str(error).splitlines() if line and "Client Error" not in line]
-        reason = told[0].rstrip(". ") if told else type(error).__name__
-        raise DataError(
-            f"Cannot read data.path={path} (subset {data.subset}, split {data.split}, revision "
-            f"{data.revision}) from the Hub: {reason}. Check the name, the network and "
-            "HF_HUB_OFFLINE; for a gated or private data set, accept its terms on its page and run "
-            "`hf auth login`."
-        ) from None
+    except UNREACHABLE as error:
+        raise _unreadable(data, error) from None
+
+
+def _unreadable(data: Data, error: Exception) -> DataError:
+    # The line after "404 Client Error. (Request ID: …)" says what is the matter.
+    told = [line for line in str(error).splitlines() if line and "Client Error" not in line]
+    reason = told[0].rstrip(". ") if told else type(error).__name__
+    return DataError(
+        f"Cannot read data.path={data.path} (subset {data.subset}, split {data.split}, revision "
+        f"{data.revision}) from the Hub: {reason}. Check the name, the network and "
+        "HF_HUB_OFFLINE; for a gated or private data set, accept its terms on its page and run "
+        "`hf auth login`."
+    )
 
 
 def _row_text(row: Any, data: Data, where: str, name: str, skipped: Counter[str]) -> Iterator[Text]:

@@ -3,15 +3,15 @@
 One rule for every source. Documents come in an order shuffled by `seed`, each with a group: a
 top-level package, a folder, a repository, or the document itself. A group seen for the first time
 goes to test while test lacks documents, then to validation, then to train, and keeps its split.
-Train ends when it has enough for its blocks. Then an evaluation document that shares too many lines
-with the training documents leaves.
+Train ends when it has enough for its blocks. Then an evaluation document leaves if it shares too
+many lines with the training documents, or with another evaluation document.
 
 Evaluation takes the first block of a document. Train concatenates documents, each ended by the
 tokenizer's end-of-sequence token, and cuts the result into blocks.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -19,22 +19,27 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
-from datasets.utils import tqdm
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from recycle.progress import Silent
 from recycle.recipe import Data
 
-from .evaluation import DOCUMENTS_PER_GROUP, OVERLAP, Evaluation
+from .evaluation import DOCUMENTS_PER_GROUP, OVERLAP, EvaluationSplit, Kept
 from .files import read_files, read_stdlib
 from .rows import read_hub, read_jsonl
-from .text import DataError, Text, Tokenised, sha256
-from .training import Training
+from .text import DataError, Text, Tokenised, besides, sha256
+from .training import TrainingSplit
 
 # Each yields documents in an order shuffled by data.seed, adds to `facts` what identifies the
 # source, and counts in `skipped` what it leaves out.
 _SOURCES = {"hub": read_hub, "files": read_files, "jsonl": read_jsonl, "stdlib": read_stdlib}
 _BATCH = 64  # documents given to the tokenizer at once
+
+
+IGNORED = -100  # label of a token that nothing is learned from
+FEW_BLOCKS = 64  # which an optimiser step may well want more than
+SMALL = 2000  # documents; of so few it is tried out which settings would do
 
 
 @dataclass(frozen=True)
@@ -44,18 +49,33 @@ class Document:
     name: str
     group: str
     input_ids: list[int]  # exactly block_size
-    num_bytes: int  # UTF-8 bytes of the text of input_ids[1:], the tokens that a model predicts
+    labels: list[int]  # the same, or -100 where nothing is to be predicted
+    num_bytes: int  # UTF-8 bytes of the text of the predicted tokens
+
+    @property
+    def predicted_tokens(self) -> int:
+        return sum(label != IGNORED for label in self.labels[1:])
 
 
 @dataclass(frozen=True)
 class Splits:
     """What `prepare` returns."""
 
-    train: datasets.Dataset  # column input_ids, rows of exactly block_size tokens, held in memory
+    train: datasets.Dataset  # input_ids and labels, rows of block_size tokens, held in memory
     validation: list[Document]
     test: list[Document]
     starts: Tensor  # int64 [num_starts, num_virtual_tokens]
     facts: dict[str, Any]  # what was read, left out and kept; plain JSON
+
+
+class _Shortage(DataError):
+    """The source holds too little for what was asked of it."""
+
+    def __init__(self, message: str, documents: int, train_tokens: int, evaluation: bool) -> None:
+        super().__init__(message)
+        self.documents = documents
+        self.train_tokens = train_tokens  # that are there
+        self.evaluation = evaluation  # documents are missing for evaluation, or start texts
 
 
 def prepare(
@@ -65,6 +85,7 @@ def prepare(
     train_blocks: int,
     num_virtual_tokens: int,
     num_starts: int,
+    progress: Silent | None = None,
 ) -> Splits:
     """Read `data`, split it, and return token blocks; equal arguments give equal splits.
 
@@ -74,47 +95,114 @@ def prepare(
         train_blocks: rows of `Splits.train`; 0 is legal.
         num_virtual_tokens: length of a start text in tokens.
         num_starts: start texts, each from another training document, and group where possible.
+        progress: shows how far it is.
 
     Raises:
-        DataError: the source cannot be read, or holds too little.
+        DataError: the source cannot be read, or holds too little; says which settings would do.
     """
-    eos = tokenizer.eos_token_id
-    if eos is None:
+    if tokenizer.eos_token_id is None:
         raise DataError(
             "A training document ends with the tokenizer's end-of-sequence token, and this one has "
             "none. Set `eos_token` in the backbone's tokenizer_config.json."
         )
+
+    def split(asked: Data, blocks: int) -> Splits:
+        return _split(
+            asked, tokenizer, blocks, num_virtual_tokens, num_starts, progress or Silent()
+        )
+
+    try:
+        return split(data, train_blocks)
+    except _Shortage as shortage:
+        advice = "Give more data."
+        if data.source != "hub" and shortage.documents <= SMALL:
+            advice = _what_would_do(split, data, train_blocks)
+        raise DataError(f"{shortage} {advice}") from None
+
+
+def _what_would_do(split: Callable[[Data, int], Splits], data: Data, train_blocks: int) -> str:
+    """Settings under which a small source is enough, found by trying them."""
+    most = max(data.test_documents, data.validation_documents)
+    for halvings in range(4):
+        block = max(data.block_size >> halvings, 2)
+        wanted = most
+        while wanted >= 2:
+            smaller = {
+                "test_documents": min(data.test_documents, wanted),
+                "validation_documents": min(data.validation_documents, max(wanted // 2, 2)),
+                "block_size": block,
+            }
+            asked = data.model_copy(update=smaller)
+            blocks = train_blocks * data.block_size // block
+            try:
+                split(asked, blocks)
+            except _Shortage as shortage:
+                blocks = shortage.train_tokens // block
+                if shortage.evaluation or not blocks:
+                    wanted = wanted * 3 // 4
+                    continue
+                smaller["tokens"] = blocks * block
+            settings = [
+                f"{'training' if name == 'tokens' else 'data'}.{name}={value}"
+                for name, value in smaller.items()
+                if name == "tokens" or value != getattr(data, name)
+            ]
+            few = "tokens" in smaller and blocks < FEW_BLOCKS
+            more = f" (and training.batch_size at most {blocks})" if few else ""
+            return f"This would do: {' '.join(settings)}{more}. Or give more data."
+    return "Smaller settings would not do either: give more data."
+
+
+def _split(
+    data: Data,
+    tokenizer: PreTrainedTokenizerBase,
+    train_blocks: int,
+    num_virtual_tokens: int,
+    num_starts: int,
+    progress: Silent,
+) -> Splits:
+    eos = tokenizer.eos_token_id
     facts: dict[str, Any] = {"source": data.source, "seed": data.seed}
     skipped: Counter[str] = Counter()
     lines: set[str] = set()  # of all evaluation candidates, complete before train sees a document
-    test = Evaluation("test", data.test_documents, data.block_size, lines)
-    validation = Evaluation("validation", data.validation_documents, data.block_size, lines)
-    train = Training(train_blocks * data.block_size, num_starts, num_virtual_tokens, eos, lines)
-    split_of: dict[str, Evaluation | Training] = {}
+    test = EvaluationSplit("test", data.test_documents, data.block_size, lines)
+    validation = EvaluationSplit("validation", data.validation_documents, data.block_size, lines)
+    train = TrainingSplit(
+        train_blocks * data.block_size, num_starts, num_virtual_tokens, eos, lines
+    )
+    split_of: dict[str, EvaluationSplit | TrainingSplit] = {}
 
     texts = _distinct(_SOURCES[data.source](data, facts, skipped), skipped)
-    with tqdm(total=train.pool, desc="data", unit="token", disable=None, leave=False) as progress:
-        for text, ids in _tokenised(texts, tokenizer, eos):
-            if text.group not in split_of:
-                split_of[text.group] = next((s for s in (test, validation) if not s.full), train)
-                split_of[text.group].groups += 1
-            split_of[text.group].add(text, ids)
-            progress.update(min(len(train.packed), train.pool) - progress.n)
-            if train.full and test.full and validation.full:
-                break
+    progress.start("reading the data, tokens for training", train.pool)
+    for text, ids in _tokenised(texts, tokenizer, eos):
+        if text.group not in split_of:
+            split_of[text.group] = next((s for s in (test, validation) if not s.full), train)
+            split_of[text.group].groups += 1
+        before = len(train.packed)
+        split_of[text.group].add(text, ids)
+        progress.advance(len(train.packed) - before)
+        if train.full and test.full and validation.full:
+            break
 
     starts = train.starts
     for text, _ in starts:
         train.shared_lines |= text.lines() & lines
-    kept = {
-        "test": test.keep(train.shared_lines, skipped),
-        "validation": validation.keep(train.shared_lines, skipped, first=test),
-    }
-    train.check(skipped, held_back=test.documents + validation.documents)
+    others = Kept()
+    for evaluation in (test, validation):
+        evaluation.keep(train.shared_lines, others)
+    missing = [*test.shortage(), *validation.shortage(), *train.shortage()]
+    if missing:
+        raise _Shortage(
+            f"There is too little data{besides(skipped)}: {'; '.join(missing)}.",
+            test.documents + validation.documents + train.documents,
+            len(train.packed),
+            bool(test.shortage() or validation.shortage() or len(starts) < num_starts),
+        )
 
     whole = len(train.packed) // data.block_size
     blocks = np.array(train.packed[: whole * data.block_size]).reshape(whole, data.block_size)
     order = np.random.default_rng(data.seed).permutation(whole)[:train_blocks]
+    kept = {"test": test.kept, "validation": validation.kept}
     used = {name: [text.fingerprint() for text, _ in pairs] for name, pairs in kept.items()}
     used |= {"train": train.fingerprints, "starts": [text.fingerprint() for text, _ in starts]}
     splits = (train, validation, test)
@@ -125,7 +213,8 @@ def prepare(
         "documents_used": {name: len(prints) for name, prints in used.items()},
         "documents_per_evaluation_group": DOCUMENTS_PER_GROUP,
         "overlap_limit": OVERLAP,
-        "overlap_removed": {split.name: split.removed for split in (validation, test)},
+        "overlap_removed": {split.name: split.overlapping for split in (validation, test)},
+        "copies_removed": {split.name: split.copies for split in (validation, test)},
         "block_size": data.block_size,
         "tokens": {name: len(pairs) * data.block_size for name, pairs in kept.items()}
         | {"train": train.tokens, "train_pool": len(train.packed)},
@@ -134,8 +223,8 @@ def prepare(
     }
     return Splits(
         train=_dataset(blocks[order]),
-        validation=[_document(text, ids, tokenizer) for text, ids in kept["validation"]],
-        test=[_document(text, ids, tokenizer) for text, ids in kept["test"]],
+        validation=[_document(text, ids, tokenizer) for text, ids in validation.kept],
+        test=[_document(text, ids, tokenizer) for text, ids in test.kept],
         starts=torch.tensor([ids for _, ids in starts], dtype=torch.int64).view(
             num_starts, num_virtual_tokens
         ),
@@ -147,22 +236,29 @@ def _document(text: Text, ids: list[int], tokenizer: PreTrainedTokenizerBase) ->
     predicted = tokenizer.decode(
         ids[1:], skip_special_tokens=False, clean_up_tokenization_spaces=False
     )
-    return Document(text.name, text.group, ids, len(predicted.encode()))
+    return Document(text.name, text.group, ids, ids, len(predicted.encode()))
 
 
 def _dataset(blocks: np.ndarray) -> datasets.Dataset:
     """Rows of `blocks` as a table in memory, so that nothing stays in the user's cache."""
-    features = datasets.Features({"input_ids": datasets.List(datasets.Value("int32"))})
-    return datasets.Dataset.from_dict({"input_ids": list(blocks)}, features=features)
+    tokens = datasets.List(datasets.Value("int32"))
+    columns = ("input_ids", "labels")
+    return datasets.Dataset.from_dict(
+        {name: list(blocks) for name in columns},
+        features=datasets.Features(dict.fromkeys(columns, tokens)),
+    )
 
 
 def _distinct(texts: Iterable[Text], skipped: Counter[str]) -> Iterator[Text]:
-    """Leave out empty documents and all but the first of equal ones."""
+    """Leave out what is empty or no text, and all but the first of documents that are alike."""
     seen: set[str] = set()
     for text in texts:
-        if not text.text.strip():
+        content = text.normalised()
+        if not content:
             skipped["empty"] += 1
-        elif (digest := sha256(text.text)) in seen:
+        elif text.is_binary:
+            skipped["binary"] += 1
+        elif (digest := sha256(content)) in seen:
             skipped["duplicate"] += 1
         else:
             seen.add(digest)

@@ -1,12 +1,15 @@
 """A document of text as a source gives it, and the error of this room."""
 
 import hashlib
+import re
 from collections import Counter
 from dataclasses import dataclass
 
 from recycle.errors import RecycleError
 
 TRIVIAL_LINE = 12  # characters; a shorter line (`else:`, `return x`) says nothing about copying
+# Tabs, newlines, form feeds, backspaces and the escapes of terminals are text.
+_CONTROL = re.compile(r"[\x00-\x06\x0e-\x1a\x1c-\x1f\x7f]")
 
 
 class DataError(RecycleError):
@@ -32,6 +35,15 @@ class Text:
         """The distinct lines that say something, without indentation."""
         lines = (line.strip() for line in self.text.splitlines())
         return {line for line in lines if len(line) >= TRIVIAL_LINE}
+
+    @property
+    def is_binary(self) -> bool:
+        """Whether it is no text, though it decodes: NUL bytes, or over 1 % control characters."""
+        return "\0" in self.text or len(_CONTROL.findall(self.text)) > len(self.text) / 100
+
+    def normalised(self) -> str:
+        """The text but for newlines, indentation, and empty lines at both ends."""
+        return "\n".join(line.strip() for line in self.text.splitlines()).strip()
 
     def fingerprint(self) -> str:
         return f"{self.name} {sha256(self.text)}"

@@ -1,10 +1,9 @@
 """Training: packed tokens, and the texts that streams start from."""
 
 from array import array
-from collections import Counter
 from dataclasses import dataclass, field
 
-from .text import DataError, Text, Tokenised, besides
+from .text import Text, Tokenised
 
 SPREAD = 8  # a small budget draws its blocks from documents of so many times as many tokens,
 SPREAD_TOKENS = 2**20  # but no more than these: else 20k tokens would be three documents
@@ -12,7 +11,7 @@ START_SEARCH = 256  # documents read beyond full blocks to find start texts of m
 
 
 @dataclass
-class Training:
+class TrainingSplit:
     """Packed tokens and candidates for start texts."""
 
     tokens: int
@@ -60,19 +59,18 @@ class Training:
         else:
             self.patience -= 1
 
-    def check(self, skipped: Counter[str], held_back: int) -> None:
-        read = (
-            f"{self.documents} documents were read for training and {held_back} belong to the "
-            f"groups of validation and test{besides(skipped)}"
-        )
+    def shortage(self) -> list[str]:
+        """What is missing, in words."""
+        found = []
         if len(self.packed) < self.tokens:
-            raise DataError(
-                f"Training asks for {self.tokens:_} tokens and {len(self.packed):_} are there: "
-                f"{read}. Set `training.tokens={len(self.packed)}` or less, or give more data."
+            found.append(
+                f"training asks for {self.tokens:_} tokens and has {len(self.packed):_}, from "
+                f"{self.documents} documents"
             )
         if len(self.starts) < self.num_starts:
-            raise DataError(
-                f"{self.num_starts} start texts come from as many training documents of at least "
-                f"{self.num_virtual_tokens} tokens, and {len(self.starts)} are there: {read}. Set "
-                "`method.init=random` or a smaller `method.num_virtual_tokens`, or give more data."
+            found.append(
+                f"{self.num_starts} streams start from as many training documents of at least "
+                f"{self.num_virtual_tokens} tokens, and there are {len(self.starts)} "
+                "(method.init=random needs none)"
             )
+        return found

@@ -1,5 +1,5 @@
 """Text from a family of adapters."""
 
-from .text import generate_text
+from .text import DecodeError, generate_text
 
-__all__ = ["generate_text"]
+__all__ = ["DecodeError", "generate_text"]

@@ -1,16 +1,32 @@
 """Text from a finished run, streamed to standard output."""
 
-import sys
+from typing import Any
 
-from peft import PeftConfig
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, TextStreamer
+import torch
+from peft import PeftModelForCausalLM
+from transformers import GenerationConfig, PreTrainedTokenizerBase, TextStreamer
 
-from recycle.family import FamilyError, load
-from recycle.family.folder import find_folder
+from recycle.backbone import BackboneError, load_tokenizer
+from recycle.backbone.source import TOKENIZER_FILES
+from recycle.errors import RecycleError
+from recycle.family import Family, find_backbone, find_folder, load, read_members
 
 
-def generate_text(source: str, prompt: str, p: int | None, max_new_tokens: int, chat: bool) -> None:
+class DecodeError(RecycleError):
+    """Text cannot be generated from this prompt."""
+
+
+def generate_text(
+    source: str,
+    prompt: str,
+    p: int | None,
+    max_new_tokens: int,
+    chat: bool,
+    backbone: str | None = None,
+) -> None:
     """Go on with a prompt, greedily, and print the text as it comes.
+
+    Runs on a GPU where there is one, in the arithmetic that the adapters were trained in.
 
     Args:
         source: A run folder, an adapter folder or a Hub id.
@@ -18,53 +34,71 @@ def generate_text(source: str, prompt: str, p: int | None, max_new_tokens: int, 
         p: Streams; None is the most that there are.
         max_new_tokens: At most so many tokens.
         chat: The prompt is a user's message in the tokenizer's chat template.
+        backbone: Where the backbone lies now, if not where the adapters recorded it.
 
     Raises:
-        FamilyError: See `recycle.load`; or there is no tokenizer, or it has no chat template.
+        DecodeError: The prompt is no text, has no tokens or too many, or there is no chat template.
+        FamilyError, BackboneError: See `recycle.load`; or there is no tokenizer.
     """
-    model = load(source, p)
-    config = model.peft_config[model.active_adapter]
-    tokenizer = _tokenizer(source, config)
-    if config.backbone_quantization is not None:
-        dtype = str(model.dtype).removeprefix("torch.")
-        trained = f"Trained on a backbone in {config.backbone_quantization}, running on {dtype}."
-        print(trained, file=sys.stderr)
     if prompt.encode("utf-8", "replace").decode() != prompt:
-        raise FamilyError("The prompt is not text in UTF-8.")
+        raise DecodeError("The prompt is not text in UTF-8.")
+    tokenizer = _tokenizer(source, backbone)
     if chat and tokenizer.chat_template is None:
-        raise FamilyError(f"The tokenizer of {source} has no chat template; leave out --chat.")
+        raise DecodeError(f"The tokenizer of {source} has no chat template; leave out --chat.")
+    text = prompt
     if chat:
         messages = [{"role": "user", "content": prompt}]
-        prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=not chat).to(model.device)
-    if not inputs["input_ids"].numel():
-        raise FamilyError("The prompt has no tokens; give some text with --prompt.")
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    ids = tokenizer(text, return_tensors="pt", add_special_tokens=not chat)["input_ids"]
+    if not ids.numel():
+        raise DecodeError("The prompt has no tokens; give some text with --prompt.")
+    placement: dict[str, Any] = {}
+    if torch.cuda.is_available():
+        placement["device_map"] = {"": "cuda"}
+    model = load(source, p, backbone=backbone, **placement)
     window = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    length = inputs["input_ids"].shape[1] + max_new_tokens
-    if window and length > window:
-        raise FamilyError(
-            f"The prompt and --max-new-tokens come to {length} tokens, and the backbone's window "
-            f"is {window}. Shorten one of them."
+    if window and ids.shape[1] + max_new_tokens > window:
+        raise DecodeError(
+            f"The prompt and --max-new-tokens come to {ids.shape[1] + max_new_tokens} tokens, and "
+            f"the backbone's window is {window}. Shorten one of them."
         )
-    print(prompt, end="", flush=True)
+    _decode_greedily(model)
+    if not chat:
+        print(prompt, end="", flush=True)
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, streamer=streamer)
+    ids = ids.to(model.device)
+    model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=max_new_tokens,
+        streamer=streamer,
+    )
 
 
-def _tokenizer(source: str, config: PeftConfig) -> PreTrainedTokenizerBase:
+def _decode_greedily(model: PeftModelForCausalLM) -> None:
+    """Leave out of the backbone's generation settings all but its special tokens.
+
+    Others would change what greedy decoding is: beams, sampling, penalties, forced tokens.
+    """
+    causal_lm = model.get_base_model()
+    kept = ("bos_token_id", "eos_token_id", "pad_token_id")
+    tokens = {name: getattr(causal_lm.generation_config, name, None) for name in kept}
+    if tokens["pad_token_id"] is None:  # of one prompt nothing is padded
+        ends = tokens["eos_token_id"]
+        tokens["pad_token_id"] = ends[0] if isinstance(ends, list) else ends
+    model.generation_config = causal_lm.generation_config = GenerationConfig(
+        **tokens, do_sample=False
+    )
+
+
+def _tokenizer(source: str, backbone: str | None) -> PreTrainedTokenizerBase:
     """The tokenizer in a run's folder or, where that has none, the backbone's."""
     folder = find_folder(source, None)
-    own = any(folder.glob("tokenizer*"))
-    where = str(folder) if own else str(config.base_model_name_or_path)
-    revision = None if own else config.revision
+    if any(any(folder.glob(pattern)) for pattern in TOKENIZER_FILES):
+        return load_tokenizer(str(folder))
+    config = read_members(folder, Family.read(folder))[0].config
+    files = find_backbone(folder, config, source, backbone)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            where, revision=revision or "main", trust_remote_code=False
-        )
-    except (OSError, ValueError, TypeError, ImportError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise FamilyError(f"The tokenizer in {where} cannot be read: {reason}") from None
-    # Where no tokenizer file is, some model types get an empty tokenizer rather than an error.
-    if len(tokenizer) <= len(tokenizer.all_special_tokens):
-        raise FamilyError(f"Neither {source} nor its backbone {where} has a tokenizer.")
-    return tokenizer
+        return load_tokenizer(files.id, files.revision, files.local_only)
+    except BackboneError as error:
+        raise BackboneError(f"neither {source} nor its backbone has a tokenizer: {error}") from None

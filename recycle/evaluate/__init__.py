@@ -1,1 +1,21 @@
-"""What is measured of the backbone, the control and each P: losses, speed, cache size."""
+"""What is measured of the backbone, the control and each P: losses, speed, cache size.
+
+`measure` is the way in: models and documents go in, measurements come out. Reading order:
+`variants.py` (which models there are), `head.py` (log-probabilities without the logits of every
+position), `losses.py`, `speed.py`, `measurement.py` (all of it together).
+"""
+
+from .head import OutputHead
+from .losses import document_losses
+from .measurement import EvaluationError, measure, range_advice
+from .variants import Variant, variants_of
+
+__all__ = [
+    "EvaluationError",
+    "OutputHead",
+    "Variant",
+    "document_losses",
+    "measure",
+    "range_advice",
+    "variants_of",
+]

@@ -1,22 +1,52 @@
 """Several P on one backbone: on disk, loaded, switched.
 
-Reading order: `folder.py` (how a family lies on disk), `adapters.py` (put on a backbone, and saved
-again), `switch.py` (which P is in use).
+Reading order: `record.py` (what a family's folder says of itself), `folder.py` (how it is read and
+written), `adapters.py` (on a backbone in memory), `switch.py` (which P is in use).
+
+The names below are loaded on first use, so that `record.py` can be had without torch.
 """
 
-from recycle.parscale import shrink_cache
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-from .adapters import attach, load, member_state, save_family
-from .folder import CONTROL, NESTED, Family, FamilyError, read_members
-from .switch import available_p, get_p, set_p, use_p
+from .record import CONTROL, NESTED, Family, FamilyError
+
+if TYPE_CHECKING:
+    from recycle.parscale import shrink_cache
+
+    from .adapters import (
+        adapter_state,
+        attach,
+        check_backbone,
+        find_backbone,
+        load,
+        member_state,
+        save_family,
+    )
+    from .folder import find_folder, read_members
+    from .switch import available_p, get_p, set_p, use_p
+
+_ROOMS = {
+    "recycle.parscale": ("shrink_cache",),
+    "recycle.family.adapters": (
+        *("adapter_state", "attach", "check_backbone", "find_backbone", "load", "member_state"),
+        "save_family",
+    ),
+    "recycle.family.folder": ("find_folder", "read_members"),
+    "recycle.family.switch": ("available_p", "get_p", "set_p", "use_p"),
+}
 
 __all__ = [
     "CONTROL",
     "NESTED",
     "Family",
     "FamilyError",
+    "adapter_state",
     "attach",
     "available_p",
+    "check_backbone",
+    "find_backbone",
+    "find_folder",
     "get_p",
     "load",
     "member_state",
@@ -26,3 +56,10 @@ __all__ = [
     "shrink_cache",
     "use_p",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    for room, names in _ROOMS.items():
+        if name in names:
+            return getattr(import_module(room), name)
+    raise AttributeError(f"module 'recycle.family' has no attribute {name!r}")

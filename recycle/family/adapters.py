@@ -1,52 +1,42 @@
-"""Adapters of several P on one backbone: load and save.
+"""A family in memory: put on a backbone, and saved again.
 
-In memory a nested family is one adapter that serves all of them, and an independent family
-is one adapter for each P. How it lies on disk is in `folder.py`, and how P is chosen in
-`switch.py`.
+A nested family is one adapter that serves several P, and an independent family is one adapter for
+each P. How it lies on disk is in `folder.py` and `record.py`, how P is chosen in `switch.py`.
 """
 
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftModelForCausalLM, get_peft_model_state_dict
 from peft.utils import set_peft_model_state_dict
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from recycle.backbone.fingerprint import Fingerprint, SourceError, differences, fingerprint
-from recycle.backbone.source import Access
-from recycle.disk import file_sha256
-from recycle.parscale.config import ParScaleConfig
-
-from .folder import (
-    BACKBONE,
-    CONFIG,
-    CONTROL,
-    FAMILY_FILE,
-    NESTED,
-    WEIGHTS,
-    Family,
-    FamilyError,
-    Member,
-    find_folder,
-    read_members,
-    write_adapter,
+from recycle.backbone.errors import first_line
+from recycle.backbone.fingerprint import Fingerprint, differences, fingerprint_files
+from recycle.backbone.quantization import (
+    compute_in,
+    quantization_config,
+    stored_quantization,
 )
-from .switch import listed, parscale_configs, set_p
+from recycle.backbone.source import (
+    ANYONE,
+    Access,
+    SourceError,
+    SourceFiles,
+    read_config,
+    source_files,
+)
+from recycle.disk import expand, file_sha256
+from recycle.parscale import ParScaleConfig, cut_state, streams_of
 
-__all__ = [
-    "CONTROL",
-    "FAMILY_FILE",
-    "NESTED",
-    "Family",
-    "FamilyError",
-    "attach",
-    "load",
-    "member_state",
-    "save_family",
-    "write_adapter",
-]
+from .folder import BACKBONE, Member, find_folder, read_members, write_adapter
+from .record import CONFIG, CONTROL, NESTED, WEIGHTS, Family, FamilyError
+from .switch import set_p
 
 ACCESS = tuple(Access.__annotations__)
 
@@ -67,18 +57,20 @@ def load(
         backbone: Where the backbone lies now, if not where the adapters recorded it: folder or Hub
             id.
         revision: Revision of `source` on the Hub.
-        backbone_options: Go to the backbone's `from_pretrained`: dtype, device_map,
-            quantization_config, attn_implementation, … `token`, `cache_dir` and `local_files_only`
-            hold for `source` as well.
+        backbone_options: Go to the backbone's `from_pretrained`: device_map, attn_implementation,
+            … `token`, `cache_dir` and `local_files_only` hold for `source` as well. The backbone
+            computes as it did when the adapters were trained and measured, unless `dtype` or
+            `quantization_config` (None for the weights as they are stored) say otherwise.
 
     Returns:
         A PEFT model in eval mode. `set_p` switches it; an adapter named "control", where the family
         has one, is reached with `model.set_adapter("control")`.
 
     Raises:
-        FamilyError: The folder holds no family, a file of it is torn, it lacks `p`, or the backbone
-            is missing or another one than the family was trained on. An adapter that PEFT's
-            `save_pretrained` wrote has no fingerprint: of its backbone only the shapes are checked.
+        FamilyError: The folder holds no family, a file of it is damaged, it lacks `p`, or the
+            backbone is missing or another one than the family was trained on. An adapter that
+            PEFT wrote has no fingerprint: of its backbone only the shapes are checked.
+
     """
     refused = sorted({"trust_remote_code", "use_safetensors"} & set(backbone_options))
     if refused:
@@ -89,35 +81,115 @@ def load(
     access: Any = {key: backbone_options[key] for key in ACCESS if key in backbone_options}
     folder = find_folder(source, revision, access)
     family = Family.read(folder)
-    offered = ([] if family.backbone_trained else [1]) + family.p_values
-    if p is not None and (type(p) is not int or p not in offered):
-        raise FamilyError(f"{source} offers P = {listed(offered)}, got p={p!r}.")
+    family.check(p, str(source))
     members = read_members(folder, family)
-    location, backbone_revision = family.backbone, family.revision
-    if backbone is not None:
-        location, backbone_revision = str(Path(backbone).expanduser()), None
-    elif (folder / BACKBONE).is_dir():  # imported with it; the folder may have moved since
-        location = str(folder / BACKBONE)
-    _check_backbone(members[0].config, location, backbone_revision, str(source), access)
-
-    model = AutoModelForCausalLM.from_pretrained(
-        location,
-        revision=backbone_revision or "main",
-        trust_remote_code=False,
-        use_safetensors=True,
-        adapter_kwargs=access,  # the same place is asked whether it is an adapter
-        **backbone_options,
-    )
+    files = find_backbone(folder, members[0].config, str(source), backbone, access)
+    stored_quantised = stored_quantization(read_config(files)) is not None
+    options = _as_trained(members[0].config, stored_quantised, backbone_options) | backbone_options
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            files.id,
+            revision=files.revision or "main",
+            trust_remote_code=False,
+            use_safetensors=True,
+            adapter_kwargs=access,  # the same place is asked whether it is an adapter
+            **options,
+        )
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
+        raise FamilyError(
+            f"The backbone {files.id} cannot be loaded: {first_line(error)}"
+        ) from None
+    if stored_quantised and options.get("dtype") is not None:
+        dtype = options["dtype"]
+        compute_in(model, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
     peft_model = attach(model, members, folder)
     if p is not None or family.p_values:
-        set_p(peft_model, max(offered) if p is None else p)
+        set_p(peft_model, max(family.offered) if p is None else p)
     return peft_model
+
+
+def _as_trained(
+    config: ParScaleConfig, stored_quantised: bool, chosen: dict[str, Any]
+) -> dict[str, Any]:
+    """Options for `from_pretrained` that give the arithmetic that an adapter was trained in."""
+    options: dict[str, Any] = {}
+    if config.backbone_dtype is not None and "torch_dtype" not in chosen:
+        options["dtype"] = config.backbone_dtype
+    quantization = config.backbone_quantization
+    if quantization is not None and not stored_quantised and "quantization_config" not in chosen:
+        dtype = chosen.get("dtype", config.backbone_dtype)
+        options["quantization_config"] = quantization_config(quantization, dtype)
+    return options
+
+
+def find_backbone(
+    folder: Path,
+    config: ParScaleConfig,
+    source: str,
+    backbone: str | Path | None = None,
+    access: Access = ANYONE,
+) -> SourceFiles:
+    """The files of a family's backbone, checked to be those that it was trained on.
+
+    Args:
+        folder: The local folder of the family.
+        config: Of one of its adapters.
+        source: What the family is called in errors.
+        backbone: Where the backbone lies now: folder or Hub id. None is where the adapters say.
+        access: How the Hub is reached.
+
+    Raises:
+        FamilyError: It is not recorded, cannot be read, or is another one.
+    """
+    location, revision = config.base_model_name_or_path, config.revision
+    if backbone is not None:
+        location, revision = str(expand(backbone)), None
+        location = location if Path(location).is_dir() else str(backbone)
+    elif (folder / BACKBONE).is_dir():  # imported with it; the folder may have moved since
+        location, revision = str(folder / BACKBONE), None
+    name = "with --backbone on the command line, or recycle.load(..., backbone=...)"
+    if not location:
+        raise FamilyError(f"{source} does not record its backbone. Name where it lies {name}.")
+    try:
+        files = source_files(location, revision, access)
+        if config.fingerprint is not None:
+            check_backbone(config, fingerprint_files(files), source, location)
+    except SourceError as error:
+        raise FamilyError(
+            f"The backbone of {source} cannot be read: {str(error).rstrip('.')}. Name where it "
+            f"lies {name}."
+        ) from None
+    return files
+
+
+def check_backbone(config: ParScaleConfig, found: Fingerprint, source: str, location: str) -> None:
+    """Refuse a backbone that is not the one that an adapter was trained on.
+
+    Raises:
+        FamilyError: Says in what they differ.
+    """
+    try:
+        trained_on = Fingerprint.from_dict(config.fingerprint or {})
+    except TypeError as error:
+        raise FamilyError(
+            f"{source}: the fingerprint in {CONFIG} is damaged ({error}). Copy the whole folder "
+            "again."
+        ) from None
+    if differing := differences(trained_on, found):
+        raise FamilyError(
+            f"{source} was trained on the backbone {trained_on.id} (revision "
+            f"{trained_on.revision}), and {location} is another backbone: {'; '.join(differing)}. "
+            "Name where the right one lies, with --backbone on the command line or "
+            "recycle.load(..., backbone=...)."
+        )
 
 
 def attach(model: PreTrainedModel, members: list[Member], folder: Path) -> PeftModelForCausalLM:
     """Put a family's adapters, as `read_members` gives them, on a backbone that is loaded."""
     first, *others = members
-    peft_model = PeftModelForCausalLM(model, first.config, adapter_name=first.name)
+    with warnings.catch_warnings():  # PEFT asks transformers by a name that it is giving up
+        warnings.simplefilter("ignore", FutureWarning)
+        peft_model = PeftModelForCausalLM(model, first.config, adapter_name=first.name)
     for member in others:
         peft_model.add_adapter(member.name, member.config)
     for member in members:
@@ -125,21 +197,16 @@ def attach(model: PreTrainedModel, members: list[Member], folder: Path) -> PeftM
     return peft_model.eval()
 
 
-def _adapter_state(model: PeftModelForCausalLM, adapter: str) -> dict[str, Tensor]:
+def adapter_state(model: PeftModelForCausalLM, adapter: str) -> dict[str, Tensor]:
+    """The tensors of an adapter, under PEFT's names."""
     # Told nothing about embeddings, PEFT looks for the backbone's config on the Hub.
     return get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
 
 
 def member_state(model: PeftModelForCausalLM, adapter: str, p: int) -> dict[str, Tensor]:
     """The tensors of an adapter's first `p` streams, as a plain adapter with P = `p` holds them."""
-    state = {}
-    for name, tensor in _adapter_state(model, adapter).items():
-        leaf = name.rpartition(".")[2]
-        if leaf in ("parscale_keys", "parscale_values"):
-            state[name] = tensor[:p].detach().cpu().contiguous()
-        elif leaf.startswith(f"p{p}_"):
-            state[name] = tensor.detach().cpu().contiguous()
-    return state
+    state = cut_state(adapter_state(model, adapter), p)
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
 
 
 def save_family(model: PeftModelForCausalLM, folder: Path, backbone: Fingerprint) -> Family:
@@ -153,7 +220,7 @@ def save_family(model: PeftModelForCausalLM, folder: Path, backbone: Fingerprint
     """
     sha256 = {}
     p_values: list[int] = []
-    configs = parscale_configs(model)
+    configs = streams_of(model).selection.configs
     shared: dict[str, Any] = {
         "fingerprint": backbone.to_dict(),
         "base_model_name_or_path": backbone.id,
@@ -172,8 +239,6 @@ def save_family(model: PeftModelForCausalLM, folder: Path, backbone: Fingerprint
         p_values=sorted(p_values),
         nested=NESTED in configs,
         control=CONTROL in configs,
-        backbone=backbone.id,
-        revision=backbone.revision,
         backbone_trained=any(config.backbone_trained for config in configs.values()),
         sha256=sha256,
     )
@@ -182,44 +247,23 @@ def save_family(model: PeftModelForCausalLM, folder: Path, backbone: Fingerprint
 
 
 def _load_state(model: PeftModelForCausalLM, member: Member, folder: Path) -> None:
-    expected = _adapter_state(model, member.name)
+    expected = adapter_state(model, member.name)
     wrong = sorted(set(expected) ^ set(member.state)) or [
         name for name in expected if expected[name].shape != member.state[name].shape
     ]
+    resized = [name for name in wrong if name.endswith(("embed_tokens.weight", "lm_head.weight"))]
+    if resized:
+        size = member.state[resized[0]].shape[0]
+        raise FamilyError(
+            f"{folder} holds the backbone's embeddings as well ({', '.join(resized)}), for a "
+            f"vocabulary of {size} tokens that was resized before it was saved; recycle.load "
+            "leaves the backbone as it is. Load it with PEFT, after "
+            f"model.resize_token_embeddings({size}): PeftModel.from_pretrained(model, FOLDER). Or "
+            "save the resized backbone, and the adapter with save_embedding_layers=False."
+        )
     if wrong:
         raise FamilyError(
             f"{folder}: the weights of adapter {member.name!r} do not fit its config; {len(wrong)} "
             f"tensors differ, first {wrong[0]}."
         )
     set_peft_model_state_dict(model, member.state, adapter_name=member.name)
-
-
-def _check_backbone(
-    config: ParScaleConfig, location: str, revision: str | None, source: str, access: Access
-) -> None:
-    if not location:
-        raise FamilyError(
-            f"{source} does not record its backbone. Name it: "
-            f"recycle.load({source!r}, backbone=...)."
-        )
-    if config.fingerprint is None:
-        return
-    try:
-        trained_on = Fingerprint.from_dict(config.fingerprint)
-    except TypeError as error:
-        raise FamilyError(
-            f"{source}: the fingerprint in {CONFIG} is torn ({error}). Copy the whole folder again."
-        ) from None
-    try:
-        differing = differences(trained_on, fingerprint(location, revision, access))
-    except SourceError as error:
-        raise FamilyError(
-            f"{source} was trained on the backbone {trained_on.id}, which cannot be read: {error}. "
-            "Pass where that backbone lies: recycle.load(..., backbone=...)."
-        ) from None
-    if differing:
-        raise FamilyError(
-            f"{source} was trained on the backbone {trained_on.id} (revision "
-            f"{trained_on.revision}), and {location} is another one: {'; '.join(differing)}. Pass "
-            "where that backbone lies: recycle.load(..., backbone=...)."
-        )

@@ -7,6 +7,7 @@ batch-major: row `b * P + i` is stream i of sequence b.
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.cache_utils import (
     Cache,
@@ -16,19 +17,14 @@ from transformers.cache_utils import (
     StaticSlidingWindowLayer,
 )
 
-from recycle.errors import RecycleError
-
-from .prefix import ActiveStreams
+from .active import ActiveStreams
+from .errors import CacheError
 
 # Before transformers 5.21 models read recurrent states past the cache: there they keep batch B*P,
 # and beam search on hybrids does not work.
 _STATES_ARE_FOLDED = hasattr(Cache, "get_conv_state")
 # Layers of a cache that are nothing but keys and values, so that fewer streams are a slice.
 _PLAIN_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer)
-
-
-class CacheError(RecycleError):
-    """A key-value cache was filled with another number of streams than the one in use."""
 
 
 class StreamCache(Cache):
@@ -38,10 +34,9 @@ class StreamCache(Cache):
     static caches work on it as on any other, and fewer streams are a slice of it.
     """
 
-    def __init__(self, cache: Cache, streams: ActiveStreams) -> None:
+    def __init__(self, cache: Cache, num_streams: int) -> None:
         self.cache = cache
-        self.num_streams = streams.num_streams
-        cache.num_streams, cache.adapter = streams.num_streams, streams.adapter
+        self.num_streams = num_streams
         self._change_positions(lambda x: x.repeat_interleave(self.num_streams, dim=1))
 
     def __getattr__(self, name: str) -> Any:
@@ -135,28 +130,63 @@ def shrink_cache(cache: Cache, p: int) -> None:
     cache.num_streams = p
 
 
-def check_cache(cache: Cache | None, streams: ActiveStreams | None) -> None:
-    """Raise a CacheError where a cache was filled by other streams than those in use."""
-    if cache is None:
-        return
-    if streams is not None and not hasattr(cache, "layers"):
+def claim_cache(cache: Cache, active: ActiveStreams | None) -> None:
+    """Let a cache belong to the streams in use (None: the backbone).
+
+    An empty cache is anybody's: also one that was allocated before its first use, for another
+    number of heads, or emptied and used again.
+
+    Raises:
+        CacheError: Others filled it.
+    """
+    if active is not None and not hasattr(cache, "layers"):
         raise CacheError(
             "Streams take a cache with layers, such as DynamicCache or StaticCache, got a "
             f"{type(cache).__name__}. Start with a new cache."
         )
-    p, adapter = (1, None) if streams is None else (streams.num_streams, streams.adapter)
+    p, adapter = (1, None) if active is None else (active.num_streams, active.adapter)
     have, filled_by = getattr(cache, "num_streams", 1), getattr(cache, "adapter", None)
+    if (have, filled_by) != (p, adapter):
+        if _is_filled(cache):
+            raise _foreign(have, filled_by, p, adapter)
+        _deallocate(cache)
+    if isinstance(cache, Cache):
+        cache.num_streams, cache.adapter = p, adapter
+
+
+def _is_filled(cache: Cache) -> bool:
     layers = getattr(cache, "layers", ())
-    filled = any(getattr(layer, "keys", None) is not None for layer in layers)
-    if filled and have != p:
-        raise CacheError(
+    if torch.compiler.is_compiling():  # where the length of a static layer cannot be looked at
+        allocated = any(getattr(layer, "keys", None) is not None for layer in layers)
+        return allocated and hasattr(cache, "num_streams")
+    return any(
+        (getattr(layer, "keys", None) is not None and int(layer.get_seq_length()) > 0)
+        or any(getattr(layer, "has_previous_state", {}).values())
+        for layer in layers
+    )
+
+
+def _deallocate(cache: Cache) -> None:
+    """Let an empty cache be allocated anew at its first use, for the streams of that moment."""
+    for layer in getattr(cache, "layers", ()):
+        if getattr(layer, "keys", None) is not None:
+            layer.is_initialized = False
+        for states in ("conv", "recurrent"):
+            name = f"is_{states}_states_initialized"
+            if hasattr(layer, name):
+                setattr(layer, name, dict.fromkeys(getattr(layer, name), False))
+        if hasattr(layer, "is_indexer_initialized"):
+            layer.is_indexer_initialized = False
+
+
+def _foreign(have: int, filled_by: str | None, p: int, adapter: str | None) -> CacheError:
+    if have != p:
+        return CacheError(
             f"The cache was filled with P = {have}, but P = {p} is in use. Go on with P = {have}, "
             "start with a new cache, or, to go down within a nested family, cut it with "
-            "recycle.parscale.shrink_cache(cache, p)."
+            "recycle.shrink_cache(cache, p)."
         )
-    if filled and filled_by != adapter:
-        names = [f"adapter {x!r}" if x else "the backbone alone" for x in (filled_by, adapter)]
-        raise CacheError(
-            f"The cache was filled with {names[0]}, but {names[1]} is in use. Start with a new "
-            "cache."
-        )
+    names = [f"adapter {x!r}" if x else "the backbone alone" for x in (filled_by, adapter)]
+    return CacheError(
+        f"The cache was filled with {names[0]}, but {names[1]} is in use. Start with a new cache."
+    )

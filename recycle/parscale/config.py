@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from peft import PeftConfig, PeftType
 
+from .errors import ParScaleError
+
 
 @dataclass
 class ParScaleConfig(PeftConfig):
@@ -31,7 +33,7 @@ class ParScaleConfig(PeftConfig):
             original model.
         backbone_dtype: Number format that the backbone computed in when the adapter was trained.
         backbone_quantization: `"nf4"` or `"int8"` where its weights were quantised then.
-        fingerprint: What identifies the backbone, see `recycle.parscale.fingerprint`.
+        fingerprint: What identifies the backbone, see `recycle.backbone.fingerprint`.
     """
 
     task_type: str | None = field(default="CAUSAL_LM", metadata={"help": "The only one there is."})
@@ -65,30 +67,30 @@ class ParScaleConfig(PeftConfig):
         self.peft_type = PeftType.PARSCALE
         self.p_values = sorted(self.p_values) if self.p_values else [self.num_streams]
         if self.num_streams < 1 or self.num_virtual_tokens < 1:
-            raise ValueError(
+            raise ParScaleError(
                 f"num_streams and num_virtual_tokens are at least 1, got {self.num_streams} and "
                 f"{self.num_virtual_tokens}."
             )
         if self.p_values[-1] != self.num_streams or len(set(self.p_values)) != len(self.p_values):
-            raise ValueError(
+            raise ParScaleError(
                 f"p_values are distinct and end with num_streams, got p_values={self.p_values} and "
                 f"num_streams={self.num_streams}. For example num_streams=8, p_values=[2, 4, 8]."
             )
         if self.p_values[0] < 1 or (self.p_values[0] == 1 and self.num_streams > 1):
-            raise ValueError(
+            raise ParScaleError(
                 f"p_values are at least 2, got {self.p_values}. P = 1 is the backbone itself and "
                 "needs no aggregator."
             )
         if not 0 <= self.smoothing < 1:
-            raise ValueError(f"smoothing lies in [0, 1), got {self.smoothing}.")
+            raise ParScaleError(f"smoothing lies in [0, 1), got {self.smoothing}.")
         if self.init not in ("text", "random"):
-            raise ValueError(f"init is 'text' or 'random', got {self.init!r}.")
+            raise ParScaleError(f"init is 'text' or 'random', got {self.init!r}.")
         if isinstance(self.start_token_ids, torch.Tensor):
             self.start_token_ids = self.start_token_ids.tolist()
         if self.start_token_ids is not None:
             lengths = [len(row) for row in self.start_token_ids]
             if lengths != [self.num_virtual_tokens] * self.num_streams:
-                raise ValueError(
+                raise ParScaleError(
                     f"start_token_ids holds num_streams={self.num_streams} lists of "
                     f"num_virtual_tokens={self.num_virtual_tokens} token ids, got lists of lengths "
                     f"{lengths}."

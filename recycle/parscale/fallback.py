@@ -9,6 +9,7 @@ Dimensions: B batch, P streams, H key-value heads, n prefix tokens, Q query leng
 
 import inspect
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -72,6 +73,28 @@ def is_handmade(module: nn.Module) -> bool:
     return type(module).__name__ in CACHE_ARGUMENT
 
 
+@dataclass(frozen=True)
+class _Interceptor:
+    """A pre-hook that lets a prefix into the attention of a module; it can be pickled."""
+
+    names: tuple[str, ...]  # of the arguments of the module's forward
+    cache_argument: str
+    prefix: "Callable[[nn.Module], tuple[Extend, int] | None]"
+
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        found = self.prefix(module)
+        if found is None:
+            return None
+        extend, n = found
+        kwargs = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        kwargs[self.cache_argument] = PrefixedCache(kwargs.get(self.cache_argument), extend)
+        if n:
+            _widen(module, kwargs, n)
+        return (), kwargs
+
+
 def intercept(
     module: nn.Module, prefix: Callable[[nn.Module], tuple[Extend, int] | None]
 ) -> RemovableHandle:
@@ -80,25 +103,12 @@ def intercept(
     Args:
         module: One for which `is_handmade` holds.
         prefix: Gives, for a call of the module, what extends its keys and values and by how many
-            tokens n; None to leave the call alone.
+            tokens n; None to leave the call alone. A function of a module, so that it can be
+            pickled.
     """
-    names = list(inspect.signature(module.forward).parameters)
-    cache_argument = CACHE_ARGUMENT[type(module).__name__]
-
-    def before(
-        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        found = prefix(module)
-        if found is None:
-            return None
-        extend, n = found
-        kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
-        kwargs[cache_argument] = PrefixedCache(kwargs.get(cache_argument), extend)
-        if n:
-            _widen(module, kwargs, n)
-        return (), kwargs
-
-    return module.register_forward_pre_hook(before, with_kwargs=True)
+    names = tuple(inspect.signature(module.forward).parameters)
+    interceptor = _Interceptor(names, CACHE_ARGUMENT[type(module).__name__], prefix)
+    return module.register_forward_pre_hook(interceptor, with_kwargs=True)
 
 
 def _widen(module: nn.Module, kwargs: dict[str, Any], n: int) -> None:
@@ -106,9 +116,9 @@ def _widen(module: nn.Module, kwargs: dict[str, Any], n: int) -> None:
     mask: Any = kwargs.get("attention_mask")
     alibi: Any = kwargs.get("alibi")
     if alibi is not None:  # [B*P*heads, 1, K] of Bloom, [B*P, heads, 1, K] of Falcon
-        heads: Any = module.num_heads
-        bias = _alibi_before_the_text(heads, n, alibi)  # [heads, 1, n]
-        rows = bias if alibi.ndim == 4 else bias.repeat(alibi.shape[0] // heads, 1, 1)
+        num_heads: Any = module.num_heads
+        bias = _alibi_before_the_text(num_heads, n, alibi)  # [heads, 1, n]
+        rows = bias if alibi.ndim == 4 else bias.repeat(alibi.shape[0] // num_heads, 1, 1)
         kwargs["alibi"] = torch.cat([rows.expand(*alibi.shape[:-1], n), alibi], dim=-1)
         if alibi.ndim == 4:  # Falcon has it in the mask as well
             scale: Any = module.inv_norm_factor
@@ -120,8 +130,8 @@ def _widen(module: nn.Module, kwargs: dict[str, Any], n: int) -> None:
         kwargs["attention_mask"] = F.pad(mask, (n, 0), value=visible)
 
 
-def _alibi_before_the_text(heads: int, n: int, like: Tensor) -> Tensor:
+def _alibi_before_the_text(num_heads: int, n: int, like: Tensor) -> Tensor:
     """ALiBi `[heads, 1, n]` of n tokens at positions -n to -1."""
     two = torch.ones(1, 2, dtype=torch.long, device=like.device)
-    slopes = build_alibi_tensor(two, heads, like.dtype)[:, :, 1:]  # at position 1
+    slopes = build_alibi_tensor(two, num_heads, like.dtype)[:, :, 1:]  # at position 1
     return slopes * torch.arange(-n, 0, device=like.device)

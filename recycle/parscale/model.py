@@ -10,12 +10,19 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 from transformers import PreTrainedModel
 
-from recycle.backbone.repacking import keep_gradients_of_4bit_layers
+from recycle.backbone.quantization import keep_gradients_of_4bit_layers
 
+from .active import Selection
 from .config import ParScaleConfig
-from .initialise import locate_attention, start_from, text_start
-from .prefix import PREFIX_CHILD, StreamLayer, StreamPrefix
-from .streams import STREAMS_CHILD, DecoderStreams
+from .decoder import find_decoder
+from .errors import ParScaleError
+from .layer import StreamLayer, cannot_merge
+from .location import locate_attention
+from .prefix import StreamPrefix
+from .starts import start_from, text_start
+from .streams import DecoderStreams
+
+ATTENTION_LAYERS: tuple[type[StreamLayer], ...] = (StreamPrefix,)  # in every attention module
 
 
 class ParScaleModel(BaseTuner):
@@ -54,27 +61,18 @@ class ParScaleModel(BaseTuner):
         parent: nn.Module,
         current_key: str,
     ) -> None:
-        config = peft_config
         *_, last = target.parameters()
-        shape = (config.attention_shapes or {}).get(current_key)
-        if shape is not None:
-            if PREFIX_CHILD not in target._modules:
-                target.add_module(PREFIX_CHILD, StreamPrefix(target))
-            prefix = target._modules[PREFIX_CHILD]
-            assert isinstance(prefix, StreamPrefix)
-            prefix.add(
-                adapter_name, shape, config.num_streams, config.num_virtual_tokens, last.device
-            )
-        if current_key == config.decoder:
-            if STREAMS_CHILD not in target._modules:
-                target.add_module(STREAMS_CHILD, DecoderStreams(target))
-            streams = target._modules[STREAMS_CHILD]
-            assert isinstance(streams, DecoderStreams)
-            assert config.hidden_size is not None
-            assert config.p_values is not None
-            streams.add(
-                adapter_name, config.hidden_size, config.p_values, config.smoothing, last.device
-            )
+        kinds: list[type[StreamLayer]] = []
+        if current_key in (peft_config.attention_shapes or {}):
+            kinds += ATTENTION_LAYERS
+        if current_key == peft_config.decoder:
+            kinds.append(DecoderStreams)
+        for kind in kinds:
+            if kind.child_name not in target._modules:
+                target.add_module(kind.child_name, kind(target, self.selection))  # type: ignore
+            layer = target._modules[kind.child_name]
+            assert isinstance(layer, StreamLayer)
+            layer.add(adapter_name, peft_config, current_key, last.device)
 
     def inject_adapter(
         self,
@@ -86,14 +84,14 @@ class ParScaleModel(BaseTuner):
     ) -> None:
         taken = any(hasattr(kind(), adapter_name) for kind in (nn.ModuleDict, nn.ParameterDict))
         if not adapter_name or "." in adapter_name or taken:
-            raise ValueError(
+            raise ParScaleError(
                 "An adapter's name has no dots and is no attribute of a torch module, got "
                 f"{adapter_name!r}. Take a name such as 'p4'."
             )
         config = self.peft_config[adapter_name]
         from_text = config.init == "text" and not config.inference_mode and not low_cpu_mem_usage
         if from_text and config.start_token_ids is None:
-            raise ValueError(
+            raise ParScaleError(
                 "init='text' needs start_token_ids: a list of num_virtual_tokens="
                 f"{config.num_virtual_tokens} token ids for each of the {config.num_streams} "
                 "streams. Pass them, for example from recycle.parscale.start_token_ids(tokenizer, "
@@ -103,6 +101,9 @@ class ParScaleModel(BaseTuner):
         locate_attention(model, config)
         # All that can be refused is refused before the model is changed.
         start = text_start(model, config.start_token_ids) if from_text else None
+        streams = find_decoder(model)._modules.get(DecoderStreams.child_name)
+        known = isinstance(streams, DecoderStreams)
+        self.selection = streams.selection if known else Selection()
         super().inject_adapter(
             model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict
         )
@@ -116,14 +117,12 @@ class ParScaleModel(BaseTuner):
         """
         super().set_adapter(adapter_name, inference_mode)
         if isinstance(adapter_name, str):
-            for module in self.model.modules():
-                if isinstance(module, StreamLayer):
-                    module.enable()
+            self.selection.disabled = False
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         if kwargs.get("adapter_names") is not None:
-            raise ValueError(
+            raise ParScaleError(
                 "ParScale runs one adapter for the whole batch and takes no adapter_names, got "
                 f"{kwargs['adapter_names']}. Choose one with model.set_adapter(name) or "
                 "recycle.set_p(model, p)."
@@ -134,13 +133,10 @@ class ParScaleModel(BaseTuner):
         self, merge: bool = True, *args: Any, **kwargs: Any
     ) -> nn.Module:
         if merge:
-            raise ValueError(
-                "Streams run beside each other and cannot be merged into the backbone's weights. "
-                "Use `unload()` to get the backbone back."
-            )
+            raise cannot_merge()
         for module in list(self.model.modules()):
             for name, child in list(module.named_children()):
-                if isinstance(child, StreamPrefix | DecoderStreams):
+                if isinstance(child, StreamLayer):
                     child.remove()
                     delattr(module, name)
         if hasattr(self.model, "peft_config"):

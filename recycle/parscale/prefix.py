@@ -5,100 +5,18 @@ Dk and Dv key and value head size. Streams are batch-major: row `b * P + i` is s
 b.
 """
 
-import threading
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .active import ActiveStreams, Selection, forward_state
+from .config import ParScaleConfig
 from .fallback import Extend, intercept, is_handmade
-
-PREFIX_CHILD = "stream_prefix"
-
-
-@dataclass(frozen=True)
-class ActiveStreams:
-    """The streams of one forward pass of a decoder."""
-
-    adapter: str
-    num_streams: int
-    p_values: tuple[int, ...]  # one: the P in use; several: all at once, in nested training
-
-
-class _Values:
-    """What `_ForwardState` holds in one thread."""
-
-    def __init__(self) -> None:
-        self.streams: ActiveStreams | None = None
-        # What this thread chose, the latest first: a decoder's child and its streams.
-        self.choices: tuple[tuple[nn.Module, ActiveStreams | None], ...] = ()
-
-
-class _ForwardState(threading.local):
-    """What the modules of a decoder see of the forward pass they are in; one for each thread.
-
-    What compiled code sets lies one object deeper: torch.compile guards no class attribute, and
-    where a graph breaks it forgets what was set on the `threading.local` itself.
-    """
-
-    def __init__(self) -> None:  # runs in every thread
-        self._values = _Values()
-        self.record: Callable[[nn.Module, Tensor, Tensor], None] | None = None
-
-    @property
-    def streams(self) -> ActiveStreams | None:
-        return self._values.streams
-
-    @streams.setter
-    def streams(self, streams: ActiveStreams | None) -> None:
-        self._values.streams = streams
-
-    @property
-    def choices(self) -> tuple[tuple[nn.Module, ActiveStreams | None], ...]:
-        return self._values.choices
-
-    @choices.setter
-    def choices(self, choices: tuple[tuple[nn.Module, ActiveStreams | None], ...]) -> None:
-        self._values.choices = choices
-
-
-forward_state = _ForwardState()
-
-
-class StreamLayer(BaseTunerLayer):
-    """What the children of attention modules and of the decoder have in common in PEFT's eyes."""
-
-    active_adapters: list[str]  # both are properties of PEFT's class
-    disable_adapters: bool
-    device: torch.device  # of the backbone's module, where an adapter is added
-
-    def __init__(self) -> None:
-        self._disable_adapters = False
-        self._active_adapter: str | list[str] = []
-        self.merged_adapters: list[str] = []
-
-    def enable(self) -> None:
-        """Use the active adapter again, and leave alone which parameters are trained."""
-        self._disable_adapters = False
-
-    def _move_adapter_to_device_of_base_layer(
-        self, adapter_name: str, device: torch.device | None = None
-    ) -> None:
-        # PEFT calls it after a load with low_cpu_mem_usage; a child has no base layer to ask.
-        for name, parameter in self.named_parameters():
-            if adapter_name in name.split(".") and parameter.device.type != "meta":
-                parameter.data = parameter.data.to(device or self.device)
-
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        raise ValueError(
-            "Streams run beside each other and cannot be merged into the backbone's weights. "
-            "Use `unload()` to get the backbone back."
-        )
+from .layer import StreamLayer
 
 
 class StreamPrefix(nn.Module, StreamLayer):
@@ -109,38 +27,46 @@ class StreamPrefix(nn.Module, StreamLayer):
     Source: arXiv 2505.10475 §2; upstream's `prefix_k` and `prefix_v`.
     """
 
+    child_name = "stream_prefix"
+    group = "prefix"
     adapter_layer_names = ("parscale_keys", "parscale_values")
 
-    def __init__(self, attention: nn.Module) -> None:
+    def __init__(self, attention: nn.Module, selection: Selection) -> None:
         nn.Module.__init__(self)
-        StreamLayer.__init__(self)
+        StreamLayer.__init__(self, selection)
         self._hook = intercept(attention, _handmade_prefix) if is_handmade(attention) else None
         self.parscale_keys = nn.ParameterDict()
         self.parscale_values = nn.ParameterDict()
 
-    def add(
-        self, adapter: str, shape: list[int], streams: int, tokens: int, device: torch.device
-    ) -> None:
+    def add(self, adapter: str, config: ParScaleConfig, name: str, device: torch.device) -> None:
         """Add an adapter with a random start: normal with standard deviation 0.02, in float32."""
+        assert config.attention_shapes is not None
         self.device = device
-        num_key_value_heads, key_size, value_size = shape
+        num_key_value_heads, key_size, value_size = config.attention_shapes[name]
         for values, size in ((self.parscale_keys, key_size), (self.parscale_values, value_size)):
-            start = torch.empty(
-                streams, num_key_value_heads, tokens, size, device=device, dtype=torch.float32
-            )
+            shape = (config.num_streams, num_key_value_heads, config.num_virtual_tokens, size)
+            start = torch.empty(shape, device=device, dtype=torch.float32)
             values[adapter] = nn.Parameter(start.normal_(std=0.02))
+
+    @staticmethod
+    def cut(leaf: str, tensor: Tensor, p: int) -> Tensor:
+        """Every parameter has the streams as its first dimension."""
+        return tensor[:p]
 
     def remove(self) -> None:
         """Leave the attention module as it was."""
         if self._hook is not None:
             self._hook.remove()
 
-    def prepend(self, streams: ActiveStreams, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    def prepend(self, active: ActiveStreams, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Put the prefix before the text's keys [B*P, H, K, Dk] and values [B*P, H, K, Dv]."""
         return (
-            _prepend(self.parscale_keys[streams.adapter][: streams.num_streams], key),
-            _prepend(self.parscale_values[streams.adapter][: streams.num_streams], value),
+            _prepend(self.parscale_keys[active.adapter][: active.num_streams], key),
+            _prepend(self.parscale_values[active.adapter][: active.num_streams], value),
         )
+
+    def num_virtual_tokens(self, active: ActiveStreams) -> int:
+        return self.parscale_keys[active.adapter].shape[2]
 
 
 def _prepend(prefix: Tensor, text: Tensor) -> Tensor:
@@ -151,10 +77,10 @@ def _prepend(prefix: Tensor, text: Tensor) -> Tensor:
 
 def _handmade_prefix(module: nn.Module) -> tuple[Extend, int] | None:
     """What a call of a module without the attention interface has to be extended by."""
-    streams, prefix = forward_state.streams, module._modules.get(PREFIX_CHILD)
-    if streams is None or not isinstance(prefix, StreamPrefix):
+    active, prefix = forward_state.active, module._modules.get(StreamPrefix.child_name)
+    if active is None or not isinstance(prefix, StreamPrefix):
         return None
-    return partial(prefix.prepend, streams), prefix.parscale_keys[streams.adapter].shape[2]
+    return partial(prefix.prepend, active), prefix.num_virtual_tokens(active)
 
 
 def attend(
@@ -184,19 +110,19 @@ def attend(
     """
     if forward_state.record is not None:
         forward_state.record(module, key, value)
-    streams = forward_state.streams
-    prefix = module._modules.get(PREFIX_CHILD)
-    if streams is None or not isinstance(prefix, StreamPrefix):
+    active = forward_state.active
+    prefix = module._modules.get(StreamPrefix.child_name)
+    if active is None or not isinstance(prefix, StreamPrefix):
         return attention(module, query, key, value, attention_mask, *args, **kwargs)
 
-    key, value = prefix.prepend(streams, key, value)
-    num_virtual_tokens = prefix.parscale_keys[streams.adapter].shape[2]
+    key, value = prefix.prepend(active, key, value)
+    n = prefix.num_virtual_tokens(active)
     position_bias = kwargs.get("position_bias")  # [B*P, heads, Q, K]; none for the prefix
     if position_bias is not None:
-        kwargs["position_bias"] = F.pad(position_bias, (num_virtual_tokens, 0))
+        kwargs["position_bias"] = F.pad(position_bias, (n, 0))
     if attention_mask is not None:
         visible = 1.0 if attention_mask.dtype == torch.bool else 0.0
-        attention_mask = F.pad(attention_mask, (num_virtual_tokens, 0), value=visible)
+        attention_mask = F.pad(attention_mask, (n, 0), value=visible)
         return attention(module, query, key, value, attention_mask, *args, **kwargs)
 
     is_causal = kwargs.get("is_causal")
@@ -207,8 +133,8 @@ def attend(
     # Without a mask sdpa is causal from the upper left corner, so the prefix needs rows of its own.
     # Their outputs are dropped; a mask instead would rule out the flash kernels and compute the
     # upper triangle as well.
-    query = F.pad(query, (0, 0, num_virtual_tokens, 0))
+    query = F.pad(query, (0, 0, n, 0))
     if position_bias is not None:
-        kwargs["position_bias"] = F.pad(position_bias, (num_virtual_tokens, 0) * 2)
+        kwargs["position_bias"] = F.pad(position_bias, (n, 0) * 2)
     output, weights = attention(module, query, key, value, None, *args, **kwargs)
-    return output[:, num_virtual_tokens:], weights
+    return output[:, n:], weights

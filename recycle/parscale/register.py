@@ -17,6 +17,7 @@ from transformers.generation.continuous_batching import ContinuousMixin
 from transformers.modeling_utils import AttentionInterface
 
 from .config import ParScaleConfig
+from .errors import ParScaleError
 from .model import ParScaleModel
 from .prefix import attend
 from .streams import DecoderStreams
@@ -63,8 +64,8 @@ def _refuse_paged_batching() -> None:
     @wraps(original)
     def init_continuous_batching(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         for module in self.modules():
-            if isinstance(module, DecoderStreams) and module.selection() is not None:
-                raise ValueError(
+            if isinstance(module, DecoderStreams) and module.selection.current():
+                raise ParScaleError(
                     "Streams do not run in paged continuous batching (generate_batch). Use "
                     "generate on a padded batch, or the backbone with recycle.set_p(model, 1)."
                 )

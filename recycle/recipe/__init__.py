@@ -1,14 +1,16 @@
 """Recipes: what to recycle, on which data and how, as YAML fragments that compose.
 
 Reading order: `schema.py` (what a recipe may hold) on `values.py` (kinds of values), `files.py`
-(YAML to keys with places), `target.py` (what TARGET means), `resolve.py` (include, merge, override,
-check), `problems.py` (how what is wrong is said), `show.py` (back to text).
+(YAML to keys with places), `target.py` (what TARGET means), `resolution.py` (include, merge,
+override, check), `problems.py` (how what is wrong is said), `consequences.py` (what follows from a
+recipe), `text.py` (back to text).
 """
 
-from recycle.recipe.files import shipped
-from recycle.recipe.problems import RecipeError
-from recycle.recipe.resolve import Resolved, load, resolve
-from recycle.recipe.schema import (
+from .consequences import next_free_folder, run_folder, training_steps
+from .files import shipped
+from .problems import RecipeError
+from .resolution import Resolved, read_recipe, resolve
+from .schema import (
     Backbone,
     Data,
     Evaluation,
@@ -21,7 +23,8 @@ from recycle.recipe.schema import (
     differing_keys,
     identity,
 )
-from recycle.recipe.show import SAVED, dump, holds_run, show
+from .target import listing
+from .text import SAVED, dump, holds_run, show
 
 __all__ = [
     "SAVED",
@@ -40,8 +43,12 @@ __all__ = [
     "dump",
     "holds_run",
     "identity",
-    "load",
+    "listing",
+    "next_free_folder",
+    "read_recipe",
     "resolve",
+    "run_folder",
     "shipped",
     "show",
+    "training_steps",
 ]

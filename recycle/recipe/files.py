@@ -14,7 +14,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
-from recycle.recipe.schema import FIELDS, MAPPINGS, SECTIONS
+from .schema import FIELDS, MAPPINGS, SECTIONS
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 # In an installed package recipes lie inside it, in a checkout beside it.

@@ -5,10 +5,12 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 
+from recycle.disk import expand
 from recycle.errors import RecycleError
-from recycle.recipe import files
-from recycle.recipe.files import Nested
-from recycle.recipe.schema import FIELDS, SECTIONS
+
+from . import files
+from .files import Nested
+from .schema import FIELDS, SECTIONS
 
 FRAGMENTS = {"backbone": "models", "data": "data", "training": "training"}  # section -> folder
 
@@ -68,6 +70,19 @@ def fragment_hint(section: str) -> str:
     whole = [name for name in files.shipped(folder) if files.is_whole(folder, name, section)]
     names = ", ".join(f"{folder}/{name}" for name in whole)
     return f"; or include one of {names} (on the command line {section}=NAME)"
+
+
+def path_hint(section: str, value: str) -> str:
+    """What to write where a path stands for a fragment; nothing where it is none."""
+    path = expand(value)
+    if not path.exists() and "/" not in value and not re.search(r"\.(jsonl?|gz|txt|gguf)$", value):
+        return ""
+    if section == "backbone":
+        return f"for a model folder or Hub id write backbone.id={value}"
+    if section == "data":
+        source = "jsonl" if re.search(r"\.jsonl?(\.gz)?$", value) else "files"
+        return f"for text of your own write data={source} data.path={value}"
+    return "a fragment of your own is included in a recipe file (include: [PATH])"
 
 
 def key_hint(key: str) -> str:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic.fields import FieldInfo
 
-from recycle.recipe.values import (
+from .values import (
     AtLeastTwo,
     BackboneId,
     Count,

@@ -1,23 +1,23 @@
-"""Results -> a Markdown report, two plots and the model card, from `Results` alone.
+"""A report, a model card and two plots. They are made from `Results` alone, always the same.
 
-The same results give the same bytes. Reading order: `folder.py` (which files), `document.py` (the
-report) and `card.py` (the model card) on `result.py` (what both say of the result), `plots.py`,
-`markdown.py` (text that names cannot break).
+Reading order: `folder.py` (which files), `document.py` (the report), `card.py` (the model card),
+`result.py` (what both say of the result), `plots.py`, `publication.py` (what stays private),
+`markdown.py`.
 """
 
-from .card import model_card
-from .document import report
+from .card import render_card
+from .document import render_report
 from .folder import write_report
 from .plots import plot_loss_vs_streams, plot_loss_vs_tokens
-from .result import explanations, findings, warnings
+from .result import explain_table, list_warnings, state_findings
 
 __all__ = [
-    "explanations",
-    "findings",
-    "model_card",
+    "explain_table",
+    "list_warnings",
     "plot_loss_vs_streams",
     "plot_loss_vs_tokens",
-    "report",
-    "warnings",
+    "render_card",
+    "render_report",
+    "state_findings",
     "write_report",
 ]

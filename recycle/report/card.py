@@ -4,10 +4,11 @@ import re
 
 from huggingface_hub import ModelCardData
 
-from recycle.results import CONTROL, BackboneRecord, FirstMeasurement, Results, TrainingRecord
+from recycle.results import CONTROL, Results, TrainingRecord, precision
 
-from .markdown import code, document, escape, facts, fence
-from .result import result
+from .markdown import code, escape, facts, fence, join_blocks
+from .publication import hide_folders
+from .result import render_result
 
 RECYCLE = """\
 import recycle
@@ -22,33 +23,21 @@ import recycle.parscale  # registers the method with PEFT
 from peft import AutoPeftModelForCausalLM
 
 model = AutoPeftModelForCausalLM.from_pretrained("FOLDER/p{largest}")"""
-QUANTISED = """\
-import torch
-from transformers import BitsAndBytesConfig
-
-config = BitsAndBytesConfig({options})
-model = recycle.load("FOLDER", quantization_config=config, dtype=torch.{dtype})"""
-OPTIONS = {
-    "int8": "load_in_8bit=True",
-    "nf4": (
-        '\n    load_in_4bit=True,\n    bnb_4bit_quant_type="nf4",\n'
-        "    bnb_4bit_use_double_quant=True,\n    bnb_4bit_compute_dtype=torch.{dtype},\n"
-    ),
-}
 ELSEWHERE = (
-    "This backbone is not on the Hub. On another machine than the one of this run, tell where it "
-    'lies: `recycle.load("FOLDER", backbone="BACKBONE")`.'
+    "The backbone is not on the Hub. On another machine, say where it is: "
+    '`recycle.load("FOLDER", backbone="BACKBONE")`.'
 )
 
 
-def model_card(results: Results) -> str:
-    """The README.md of the run folder."""
+def render_card(results: Results) -> str:
+    """The README.md of the run folder, meant to be published."""
+    results = hide_folders(results)
     backbone, data = results.backbone, results.data
     streams = sorted(model.num_streams for model in results.models if model.num_streams > 1)
     largest, smallest = streams[-1], streams[0]
     trained_on = backbone if results.first is None else results.first
     tokens = (f"{_trained(training)}: {training.tokens:,}" for training in results.training)
-    return document(
+    return join_blocks(
         f"---\n{_metadata(results)}\n---",
         f"# {escape(results.name)}",
         f"Adapters that give {code(backbone.id)} P = {', '.join(map(str, streams))} parallel "
@@ -60,8 +49,10 @@ def model_card(results: Results) -> str:
         "One P with plain PEFT, where FOLDER is on disk:",
         fence(PEFT.format(largest=largest), "python"),
         "" if backbone.source == "hub" else ELSEWHERE,
-        _quantised(trained_on),
-        result(results),
+        "`recycle.load` loads the backbone as it was in training "
+        f"({escape(precision(trained_on))}), or as its `dtype=` and `quantization_config=` say; "
+        "`recycle eval` measures what that changes.",
+        render_result(results),
         "## Training",
         facts(
             {
@@ -78,19 +69,6 @@ def model_card(results: Results) -> str:
         ),
         "More in `report.md`; every number, with the loss of each document, in `results.json`.",
     )
-
-
-def _quantised(backbone: BackboneRecord | FirstMeasurement) -> str:
-    """How to load the backbone as it was in training, where that was quantised."""
-    if backbone.quantization is None:
-        return ""
-    options = OPTIONS[backbone.quantization].format(dtype=backbone.dtype)
-    return document(
-        f"The adapters were trained on the backbone in {backbone.quantization} (bitsandbytes). To "
-        "load it so too; without these options it is loaded as it is stored:",
-        fence(QUANTISED.format(options=options, dtype=backbone.dtype), "python"),
-        "What that changes is measured by `recycle eval FOLDER backbone.quantization=none`.",
-    ).rstrip()
 
 
 def _trained(training: TrainingRecord) -> str:

@@ -1,11 +1,12 @@
-"""The report: the result, and everything that is known of how it came about."""
+"""The report: the result, and how it was made."""
 
 import json
 
 from recycle.results import Results
 
-from .markdown import document, escape, facts, fence, one_line, table
-from .result import result
+from .markdown import escape, facts, fence, format_table, join_blocks, one_line
+from .publication import hide_folders
+from .result import render_result
 
 TRAINING_COLUMNS = (
     "training",
@@ -18,8 +19,9 @@ TRAINING_COLUMNS = (
 )
 
 
-def report(results: Results) -> str:
-    """The report in Markdown."""
+def render_report(results: Results) -> str:
+    """The report in Markdown, meant to be published."""
+    results = hide_folders(results)
     data, wall = results.data, results.wall_seconds
     trainings = [
         (
@@ -33,15 +35,19 @@ def report(results: Results) -> str:
         )
         for training in results.training
     ]
-    return document(
+    return join_blocks(
         f"# Report: {escape(results.name)}",
         f"{results.date:%Y-%m-%d %H:%M} UTC, made by:",
         fence(one_line(results.command), "bash"),
-        result(results),
+        render_result(results),
         "## Training",
-        table(TRAINING_COLUMNS, trainings),
-        f"Wall time: setup {wall.setup:,.0f} s, training {wall.training:,.0f} s, "
+        format_table([TRAINING_COLUMNS, *trainings]),
+        f"Time: setup {wall.setup:,.0f} s, training {wall.training:,.0f} s, "
         f"evaluation {wall.evaluation:,.0f} s.",
+        ""
+        if wall.announced is None
+        else f"Announced for training and evaluation: {wall.announced:,.0f} s; they took "
+        f"{wall.training + wall.evaluation:,.0f} s.",
         "![Validation loss against text tokens](loss_vs_tokens.png)",
         "## Backbone",
         facts(results.backbone.model_dump()),

@@ -5,8 +5,8 @@ from pathlib import Path
 from recycle.disk import write_atomically
 from recycle.results import Results
 
-from .card import model_card
-from .document import report
+from .card import render_card
+from .document import render_report
 from .plots import plot_loss_vs_streams, plot_loss_vs_tokens
 
 
@@ -19,8 +19,8 @@ def write_report(results: Results, folder: Path) -> None:
     contents = {
         "loss_vs_tokens.png": plot_loss_vs_tokens(results),
         "loss_vs_streams.png": plot_loss_vs_streams(results),
-        "report.md": report(results).encode(),
-        "README.md": model_card(results).encode(),
+        "report.md": render_report(results).encode(),
+        "README.md": render_card(results).encode(),
     }
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in contents.items():

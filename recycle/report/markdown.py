@@ -1,7 +1,4 @@
-"""Markdown that holds whatever a user could have named: recipe, models, paths.
-
-Nothing of it breaks a table, a heading or the card's metadata.
-"""
+"""Markdown that the names of recipes, models and paths cannot break, whatever they hold."""
 
 import json
 import re
@@ -11,7 +8,7 @@ from typing import Any
 LONG = 16  # items; a longer list is not shown
 
 
-def document(*parts: str) -> str:
+def join_blocks(*parts: str) -> str:
     """Blocks with an empty line between them; empty ones are left out."""
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -40,19 +37,19 @@ def fence(content: str, language: str) -> str:
 
 
 def bullets(items: Iterable[str]) -> str:
-    """A list of items in Markdown."""
+    """A list."""
     return "\n".join(f"- {item}" for item in items)
 
 
-def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table with the first column on the left and numbers on the right."""
-    lines = [" | ".join(columns), " | ".join(["---", *["---:"] * (len(columns) - 1)])]
-    lines += [" | ".join(map(escape, row)) for row in rows]
-    return "\n".join(f"| {line} |" for line in lines)
+def format_table(rows: Sequence[Sequence[str]]) -> str:
+    """A table of headings and rows: the first column to the left, numbers to the right."""
+    header, *lines = [f"| {' | '.join(map(escape, row))} |" for row in rows]
+    ruler = f"| --- |{' ---: |' * (len(rows[0]) - 1)}"
+    return "\n".join([header, ruler, *lines])
 
 
 def facts(known: Mapping[str, Any]) -> str:
-    """A list of what is known."""
+    """A list of names and values; those that are None are left out."""
     return bullets(
         f"{escape(name.replace('_', ' '))}: {_value(value)}"
         for name, value in known.items()

@@ -1,9 +1,10 @@
-"""The two plots, as PNG: loss against training tokens, and loss against P."""
+"""The two plots, as PNG: validation loss against training tokens, and what each P brings."""
 
 import io
+import math
 from typing import TYPE_CHECKING
 
-from recycle.results import BACKBONE, CONTROL, ModelResult, Results
+from recycle.results import BACKBONE, CONTROL, Results
 
 from .markdown import one_line
 
@@ -11,32 +12,36 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-LINES = {BACKBONE: "#555555", CONTROL: "#D55E00"}
+GREY, ORANGE = "#555555", "#D55E00"
 BLUES = ("#56B4E9", "#0072B2", "#003F7F", "#001F3F")  # from the first P on
 
 
 def plot_loss_vs_tokens(results: Results) -> bytes:
     """Validation loss of every trained model against the text tokens it learned from, as PNG."""
+    from matplotlib.ticker import EngFormatter, MaxNLocator
+
     figure, axes = _axes(results, "text tokens learned from", "validation loss (nats per token)")
     curves: dict[str, list[tuple[int, float]]] = {}
     for training in results.training:
         for point in training.curve:
             for name, loss in point.validation_loss.items():
-                curves.setdefault(name, []).append((point.tokens, loss))
+                if math.isfinite(loss):
+                    curves.setdefault(name, []).append((point.tokens, loss))
     blues = iter(BLUES)
     for name, points in curves.items():
+        control = name == CONTROL
         axes.plot(
             *zip(*points, strict=True),
-            color=LINES.get(name) or next(blues, BLUES[-1]),
-            linestyle="--" if name in LINES else "-",
+            color=ORANGE if control else next(blues, BLUES[-1]),
+            linestyle="--" if control else "-",
             marker="o",
             markersize=4,
             label=name,
         )
+    axes.set_xlim(right=max(1, axes.get_xlim()[1]))  # of a run of no tokens as well
+    axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10], integer=True))
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     if curves:
-        from matplotlib.ticker import EngFormatter
-
-        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.legend(frameon=False)
     else:
         axes.text(
@@ -46,42 +51,47 @@ def plot_loss_vs_tokens(results: Results) -> bytes:
 
 
 def plot_loss_vs_streams(results: Results) -> bytes:
-    """Held-out loss against P, with the backbone and the control as lines, as PNG."""
-    figure, axes = _axes(results, "P (parallel streams)", "held-out loss (nats per token)")
-    for model in results.models:
-        if model.name in LINES:
-            colour, error = LINES[model.name], _error(model)
-            axes.axhline(model.loss, color=colour, linestyle="--", label=model.name)
-            axes.axhspan(model.loss - error, model.loss + error, color=colour, alpha=0.15, lw=0)
-    families = [model for model in results.models if model.num_streams > 1]
-    streams = [model.num_streams for model in families]
+    """Held-out loss of each P minus the control's, or else the backbone's, as PNG.
+
+    The error bars are the standard errors of these very differences, paired over documents: a bar
+    that ends far from zero tells a P from the control.
+    """
+    other = CONTROL if any(model.name == CONTROL for model in results.models) else BACKBONE
+    p_values = [model.num_streams for model in results.models if model.num_streams > 1]
+    shown = [  # one that is not finite leaves a gap
+        (model.num_streams, difference.mean, difference.standard_error or 0.0)
+        for model in results.models
+        if model.num_streams > 1
+        and (difference := model.minus_control or model.minus_backbone) is not None
+    ]
+    points, means, errors = zip(*shown, strict=True)
+    figure, axes = _axes(
+        results,
+        "P (parallel streams)",
+        f"held-out loss minus the {other}'s\n(nats per token; below zero is better)",
+    )
+    axes.axhline(0, color=ORANGE if other == CONTROL else GREY, linestyle="--", label=other)
     axes.errorbar(
-        streams,
-        [model.loss for model in families],
-        yerr=[_error(model) for model in families],
+        points,
+        means,
+        yerr=errors,
         color=BLUES[1],
         marker="o",
         capsize=4,
-        label="P parallel streams",
+        label=f"P streams minus {other},\n± one standard error",
     )
     axes.set_xscale("log", base=2)
-    axes.set_xlim(min(streams) / 1.4, max(streams) * 1.4)
-    axes.set_xticks(streams, labels=[str(p) for p in streams])
-    axes.legend(
-        frameon=False,
-        title="± one standard error of the\npaired difference to the backbone",
-        title_fontsize="small",
-    )
+    axes.set_xlim(min(p_values) / 1.4, max(p_values) * 1.4)
+    axes.set_xticks(p_values, labels=[str(p) for p in p_values])
+    axes.minorticks_off()
+    axes.legend(frameon=False)
     return _png(figure)
-
-
-def _error(model: ModelResult) -> float:
-    return 0.0 if model.minus_backbone is None else model.minus_backbone.standard_error
 
 
 def _axes(results: Results, x: str, y: str) -> "tuple[Figure, Axes]":
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator, ScalarFormatter
 
     figure = Figure(figsize=(7, 4.5), dpi=144, layout="constrained")
     FigureCanvasAgg(figure)
@@ -89,6 +99,11 @@ def _axes(results: Results, x: str, y: str) -> "tuple[Figure, Axes]":
     axes.set_title(one_line(results.name), parse_math=False)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
+    plain = ScalarFormatter(useOffset=False)  # the numbers themselves, not "1e-5 + 2.48"
+    plain.set_scientific(False)
+    axes.yaxis.set_major_formatter(plain)
     return figure, axes
 
 

@@ -1,68 +1,67 @@
-"""The result as report and card both show it: table, findings, meaning, and what to beware of."""
+"""The result, as report and card both show it: table, findings, how to read it, warnings."""
 
+import math
 import re
 
 from recycle.results import (
-    COLUMNS,
     CONTROL,
-    FIRST_COLUMNS,
     Difference,
     Results,
-    first_table,
     format_difference,
     precisions,
     shared_training,
-    table,
+    tabulate,
+    tabulate_again,
 )
 
-from . import markdown
-from .markdown import bullets, escape
+from .markdown import bullets, escape, format_table, join_blocks
 
 HONEST_DOCUMENTS = 64
-"""Fewer test documents than this make a trial, not a result."""
+"""With fewer test documents a run is a trial, not a result."""
 
 
-def result(results: Results) -> str:
+def render_result(results: Results) -> str:
     """The sections on the result, in Markdown."""
-    columns = (*COLUMNS[:2], "bits per byte", *COLUMNS[2:])
-    rows = [
-        (*row[:2], f"{model.bits_per_byte:.4f}", *row[2:])
-        for row, model in zip(table(results), results.models, strict=True)
-    ]
-    return markdown.document(
+    bits = ["bits per byte", *(f"{model.bits_per_byte:.4f}" for model in results.models)]
+    rows = [(*x[:2], y, *x[2:]) for x, y in zip(tabulate(results), bits, strict=True)]
+    return join_blocks(
         "## Result",
-        against_the_run(results),
-        markdown.table(columns, rows),
+        compare_with_the_run(results),
+        format_table(rows),
         shared_training(results),
-        "In nats per token, ± one standard error:",
-        bullets(findings(results)),
+        "In nats per token:",
+        bullets(state_findings(results)),
         "How to read this:",
-        bullets(explanations(results)),
-        "![Held-out loss against P](loss_vs_streams.png)",
+        bullets(explain_table(results)),
+        "![What each P brings](loss_vs_streams.png)",
         "## Before you believe it",
-        bullets(warnings(results)),
+        bullets(list_warnings(results)),
     ).rstrip()
 
 
-def against_the_run(results: Results) -> str:
-    """What measuring the adapters again, mostly in another precision, changes, in Markdown."""
+def compare_with_the_run(results: Results) -> str:
+    """What a later measurement changes, in Markdown; nothing where this is the run's own."""
     if results.first is None:
         return ""
     lines = []
     for name, difference in results.minus_first().items():
-        side = "as in the run" if difference.mean == 0 else _compare(difference, "run's own loss")
+        side = (
+            "the same as in the run"
+            if difference.mean == 0
+            else _compare(difference, "run's own loss")
+        )
         lines.append(f"**{escape(name)}** is {side}.")
-    return markdown.document(
+    return join_blocks(
         f"{escape(precisions(results))}. The run that trained them ended on "
         f"{results.first.date:%Y-%m-%d}; its own losses, and what changes:",
-        markdown.table(FIRST_COLUMNS, first_table(results)),
+        format_table(tabulate_again(results)),
         bullets(lines),
         "And this measurement on its own:",
     ).rstrip()
 
 
-def findings(results: Results) -> list[str]:
-    """What each model's difference to the backbone and to the control is, in Markdown."""
+def state_findings(results: Results) -> list[str]:
+    """Each model against the backbone and the control, one sentence or two each, in Markdown."""
     sentences = []
     for model in results.models:
         if model.minus_backbone is None:
@@ -72,72 +71,80 @@ def findings(results: Results) -> list[str]:
             sentence += f", and {_compare(model.minus_control, 'control')}"
         sentence += "."
         if model.minus_control is not None and not model.minus_control.distinguishable:
-            sentence += " This run does not show that it brings more than prefix tuning does."
+            sentence += " This run does not show that it is better than plain prefix tuning."
         sentences.append(sentence)
     return sentences
 
 
 def _compare(difference: Difference, other: str) -> str:
     if not difference.distinguishable:
-        return f"not distinguishable from the {other} ({format_difference(difference)})"
-    side = "below" if difference.mean < 0 else "above"
-    return f"{abs(difference.mean):.4f} ± {difference.standard_error:.4f} {side} the {other}"
+        return f"not clearly different from the {other} ({format_difference(difference)})"
+    side = "better" if difference.mean < 0 else "worse"
+    return f"{format_difference(difference)[1:]} {side} than the {other}"
 
 
-def explanations(results: Results) -> list[str]:
-    """What the rows and columns of the table mean, in Markdown."""
+def explain_table(results: Results) -> list[str]:
+    """How to read the table, in Markdown."""
     groups = {document.group for document in results.documents}
+    tokens = sorted({document.tokens for document in results.documents})
+    length = f"{tokens[0]}" if len(tokens) == 1 else f"{tokens[0]} to {tokens[-1]}"
     lines = [
-        f"Held-out loss: nats per token, over one block of {results.documents[0].tokens} predicted "
-        f"tokens from each of {len(results.documents)} test documents ({len(groups)} groups). "
-        "Bits per byte: the same loss for each UTF-8 byte of their text.",
-        "Differences and their standard errors are paired over documents; below zero is better. "
-        "Not distinguishable: less than two standard errors from zero.",
-        "**backbone** is the untouched model. P = 1 is the same thing, bit for bit.",
+        f"Held-out loss: nats per token, over {length} predicted tokens of "
+        f"each of {len(results.documents)} test documents ({len(groups)} groups). Lower is better. "
+        "Bits per byte: the same loss, per UTF-8 byte of the text.",
+        "± is one standard error. Differences are taken document by document; below zero is "
+        "better. Not clearly different: less than two standard errors from zero.",
+        "**backbone** is the untouched model. P = 1 is the same, bit for bit.",
     ]
     if _has_control(results):
         lines.append(
             "**control** is plain prefix tuning: one stream with a prefix, trained on the same "
-            "text. What P brings is the difference to it, not to the backbone."
+            "text. What P brings is the difference to the control, not to the backbone."
         )
     return lines
 
 
-def warnings(results: Results) -> list[str]:
-    """What a reader has to know before believing the numbers, in Markdown."""
+def list_warnings(results: Results) -> list[str]:
+    """What to know before believing the numbers, in Markdown."""
     lines = []
     backbone = results.backbone
+    if broken := [model.name for model in results.models if not math.isfinite(model.loss)]:
+        lines.append(
+            f"The loss of {escape(', '.join(broken))} is not finite, so there is nothing to "
+            "compare it with."
+        )
     dequantised = re.search(r"[.-](I?Q\d\w*)\.gguf$", backbone.id, re.IGNORECASE)
     if dequantised:
         lines.append(
-            f"The backbone is dequantised from {dequantised[1]}: part of a gain can be repair of "
-            "quantisation damage, which the original weights do not have."
+            f"The backbone was stored in {dequantised[1]} and lost precision there. Part of a gain "
+            "can be repair of that loss, and the original weights would not gain it."
         )
     if backbone.quantization is not None:
         lines.append(
-            f"The backbone was loaded in {escape(backbone.quantization)}: part of a gain can be "
-            "repair of quantisation damage."
+            f"The backbone was loaded in {escape(backbone.quantization)} and lost precision there. "
+            "Part of a gain can be repair of that loss."
         )
     if results.data.source == "stdlib":
         lines.append(
-            "The text is Python's standard library, which the backbone has likely read in its own "
-            "training: results on code that is new to it can differ."
+            "The text is Python's standard library. The backbone has likely read it in its own "
+            "training; on code that is new to it, results can differ."
         )
     if not _has_control(results):
         lines.append(
-            "No control was trained: these numbers cannot tell what P brings from what prefix "
-            "tuning brings."
+            "No control was trained. These numbers cannot tell what P brings from what plain "
+            "prefix tuning brings."
         )
     if not any(training.tokens for training in results.training):
         lines.append("Nothing was trained: the adapters are as they were initialised.")
-    if len(results.documents) < HONEST_DOCUMENTS:
+    count = len(results.documents)
+    if count < HONEST_DOCUMENTS:
         lines.append(
-            f"Only {len(results.documents)} test documents (fewer than {HONEST_DOCUMENTS}): "
-            "a trial, not a result."
+            f"Only {count} test document{'s' * (count > 1)} (fewer than {HONEST_DOCUMENTS}): "
+            f"this is a trial, not a result.{' One gives no standard error.' * (count == 1)}"
         )
     lines.append(
-        "One run: the standard errors cover the choice of test documents, taken as independent, "
-        "and not that of the seed, the training text or the start."
+        "This is one run. The standard errors say how much the choice of test documents matters, "
+        "as if these were independent; another seed, training text or start can change more."
     )
     return lines
 

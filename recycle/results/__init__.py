@@ -1,8 +1,8 @@
 """The record of a run: `results.json`, one schema from which every table, plot and card is made.
 
-Imports pydantic and the standard library only, so that results can be read anywhere. Reading order:
-`schema.py` (the record) on `comparison.py` (measurements and what follows) and `machine.py`,
-`file.py` (on disk), `table.py` (to be read).
+Needs pydantic and nothing heavier, so results can be read anywhere. Reading order: `schema.py` (the
+record), made of `comparison.py` (losses and their differences) and `machine.py`; `file.py` (on
+disk); `table.py` (the tables).
 """
 
 from .comparison import (
@@ -30,22 +30,18 @@ from .schema import (
     precision,
 )
 from .table import (
-    COLUMNS,
-    FIRST_COLUMNS,
-    first_table,
     format_difference,
     precisions,
     rich_first_table,
     rich_table,
     shared_training,
-    table,
+    tabulate,
+    tabulate_again,
 )
 
 __all__ = [
     "BACKBONE",
-    "COLUMNS",
     "CONTROL",
-    "FIRST_COLUMNS",
     "BackboneRecord",
     "CurvePoint",
     "DataRecord",
@@ -62,7 +58,6 @@ __all__ = [
     "TrainingRecord",
     "WallSeconds",
     "compare",
-    "first_table",
     "format_difference",
     "hardware",
     "packages",
@@ -73,6 +68,7 @@ __all__ = [
     "rich_first_table",
     "rich_table",
     "shared_training",
-    "table",
+    "tabulate",
+    "tabulate_again",
     "write",
 ]

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
 
-from .record import Record
+from .record import Loss, Record
 
 BACKBONE = "backbone"
 CONTROL = "control"
@@ -28,14 +28,18 @@ class ScoredDocument(Record):
 
 
 class Difference(Record):
-    """Mean difference of two models' losses over the documents, in nats per token."""
+    """Mean over the documents of the difference of two models' losses, in nats per token."""
 
-    mean: float
-    standard_error: NonNegativeFloat
+    mean: Loss
+    """No number (NaN) where one of the losses is not finite."""
+    standard_error: NonNegativeFloat | None
+    """None where it cannot be told: of one document, or of losses that are not finite."""
 
     @property
     def distinguishable(self) -> bool:
         """Whether the mean is at least two standard errors away from zero."""
+        if self.standard_error is None:
+            return False
         return self.mean != 0 and abs(self.mean) >= 2 * self.standard_error
 
 
@@ -51,10 +55,10 @@ class Measurement(Record):
     """What was measured of one model; `compare` makes a `ModelResult` of it."""
 
     name: str
-    """"backbone", "control", "P = 2"...; the name of its row."""
+    """The name of its row: "backbone", "control", "P = 2"..."""
     num_streams: PositiveInt
-    losses: tuple[float, ...]
-    """Nats per token of each test document, in their order."""
+    losses: tuple[Loss, ...]
+    """Nats per token of each test document, in the order of the documents."""
     adapter_parameters: NonNegativeInt
     kv_bytes_per_token: PositiveInt
     speed: Speed = Speed()
@@ -63,8 +67,8 @@ class Measurement(Record):
 class ModelResult(Measurement):
     """One row of the table: the measurement and what follows from it."""
 
-    loss: float
-    bits_per_byte: float
+    loss: Loss
+    bits_per_byte: Loss
     minus_backbone: Difference | None
     """None for the backbone."""
     minus_control: Difference | None
@@ -79,18 +83,20 @@ def paired_difference(a: Sequence[float], b: Sequence[float]) -> Difference:
         b: loss of the same documents, in the same order, under the other.
 
     Raises:
-        ValueError: of different lengths, or fewer than two documents.
+        ValueError: of different lengths, or no document.
     """
-    if len(a) != len(b) or len(a) < 2:
+    if len(a) != len(b) or not a:
         raise ValueError(
-            "a paired difference takes the losses of the same documents, two or more, "
+            "a paired difference takes the losses of the same documents, one or more, "
             f"under both models; got {len(a)} and {len(b)}"
         )
     differences = [x - y for x, y in zip(a, b, strict=True)]
-    return Difference(
-        mean=statistics.fmean(differences),
-        standard_error=statistics.stdev(differences) / math.sqrt(len(differences)),
-    )
+    if not all(map(math.isfinite, differences)):
+        return Difference(mean=math.nan, standard_error=None)
+    error = None
+    if len(differences) > 1:
+        error = statistics.stdev(differences) / math.sqrt(len(differences))
+    return Difference(mean=statistics.fmean(differences), standard_error=error)
 
 
 def compare(
@@ -98,8 +104,11 @@ def compare(
 ) -> tuple[ModelResult, ...]:
     """Derive every row of the table from the losses of each document.
 
+    A model's loss is the mean over documents, so that each counts the same however long it is. Bits
+    per byte are those of all documents over the bytes of all.
+
     Args:
-        documents: the test documents, all with the same number of predicted tokens.
+        documents: the test documents.
         measurements: one for each model, the backbone first.
 
     Raises:
@@ -108,8 +117,8 @@ def compare(
     names = [measured.name for measured in measurements]
     if names[:1] != [BACKBONE] or len(set(names)) != len(names):
         raise ValueError(f"the models must be the {BACKBONE!r} and others of other names: {names}")
-    if len({document.tokens for document in documents}) != 1:
-        raise ValueError("the test documents must be there, all with the same number of tokens")
+    if not documents:
+        raise ValueError("there is no test document, so nothing to compare")
     for measured in measurements:
         if len(measured.losses) != len(documents):
             raise ValueError(
@@ -117,9 +126,8 @@ def compare(
                 f"for {len(documents)} test documents"
             )
     losses = {measured.name: measured.losses for measured in measurements}
-    bits_per_nat_of_mean_loss = sum(document.tokens for document in documents) / (
-        math.log(2) * sum(document.bytes for document in documents)
-    )
+    tokens = [document.tokens for document in documents]
+    nats_per_bit_of_all = math.log(2) * sum(document.bytes for document in documents)
 
     def minus(name: str, other: str) -> Difference | None:
         if name in (BACKBONE, other) or other not in losses:
@@ -128,12 +136,12 @@ def compare(
 
     rows = []
     for measured in measurements:
-        loss = statistics.fmean(measured.losses)
+        nats = math.fsum(x * n for x, n in zip(measured.losses, tokens, strict=True))
         rows.append(
             ModelResult(
                 **{field: getattr(measured, field) for field in Measurement.model_fields},
-                loss=loss,
-                bits_per_byte=loss * bits_per_nat_of_mean_loss,
+                loss=statistics.fmean(measured.losses),
+                bits_per_byte=nats / nats_per_bit_of_all,
                 minus_backbone=minus(measured.name, BACKBONE),
                 minus_control=minus(measured.name, CONTROL),
             )

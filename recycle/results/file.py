@@ -1,4 +1,4 @@
-"""`results.json` on disk: written whole or not at all, and checked when read."""
+"""`results.json` on disk: the full record of a run, checked when it is read."""
 
 import json
 from pathlib import Path
@@ -17,10 +17,7 @@ class ResultsError(RecycleError):
 
 def write(results: Results, path: Path) -> None:
     """Write `results.json`, atomically."""
-    text = json.dumps(
-        results.model_dump(mode="json"), indent=1, ensure_ascii=False, allow_nan=False
-    )
-    write_atomically(path, f"{text}\n".encode())
+    write_atomically(path, f"{results.model_dump_json(indent=1)}\n".encode())
 
 
 def read(path: Path) -> Results:
@@ -28,19 +25,19 @@ def read(path: Path) -> Results:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ResultsError: it is torn, of an unknown version, or its content breaks the schema.
+        ResultsError: it is damaged, of an unknown version, or does not fit the schema.
     """
     try:
         content = json.loads(path.read_bytes())
     except ValueError as error:  # no JSON, or no UTF-8
         raise ResultsError(
-            f"{path} is not a whole JSON file ({error}); delete it and run the recipe again"
+            f"{path} is damaged or incomplete ({error}). Delete it and run the recipe again"
         ) from None
     version = content.get("schema_version") if isinstance(content, dict) else None
     if version != SCHEMA_VERSION:
         raise ResultsError(
-            f"{path} has schema_version {version!r}; this version of recycle reads "
-            f"{SCHEMA_VERSION}: read it with the version of recycle that wrote it"
+            f"{path} has schema_version {version!r}, and this version of recycle reads "
+            f"{SCHEMA_VERSION}. Read it with the version of recycle that wrote it"
         )
     try:
         return Results.model_validate(content)
@@ -49,4 +46,4 @@ def read(path: Path) -> Results:
             f"  {'.'.join(map(str, problem['loc'])) or 'results'}: {problem['msg']}"
             for problem in error.errors()
         )
-        raise ResultsError(f"{path} breaks the schema of results:\n{problems}") from None
+        raise ResultsError(f"{path} does not fit the schema of results:\n{problems}") from None

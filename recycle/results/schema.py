@@ -1,4 +1,8 @@
-"""Everything that is known of one run: the schema of `results.json`."""
+"""Everything that is known of one run: the schema of `results.json`.
+
+This is the full local record, with the paths of its machine. What is made to be published (the
+report and the model card) shows the last part of a path only.
+"""
 
 import math
 from datetime import UTC, datetime
@@ -24,7 +28,7 @@ from .comparison import (
     paired_difference,
 )
 from .machine import Hardware
-from .record import Record
+from .record import Loss, Record
 
 SCHEMA_VERSION: Final = 2
 
@@ -43,7 +47,7 @@ class BackboneRecord(Record):
     fingerprint: str
     dtype: str
     quantization: str | None = None
-    """Quantisation it was loaded in: int8 or nf4."""
+    """What it was loaded in: int8, nf4, or the name of the checkpoint's own method, as "gptq"."""
     parameters: PositiveInt
     model_type: str
     vocab_size: PositiveInt
@@ -55,10 +59,10 @@ class FirstMeasurement(Record):
 
     date: Annotated[AwareDatetime, AfterValidator(_utc)]
     dtype: str
-    """Number format that the backbone computed in, in training too."""
+    """What the backbone computed in, in training too."""
     quantization: str | None = None
-    """Quantisation of the backbone, in training too: int8 or nf4."""
-    losses: dict[str, tuple[float, ...]]
+    """Quantisation of the backbone, in training too; named as in `BackboneRecord`."""
+    losses: dict[str, tuple[Loss, ...]]
     """Name of a model in the table -> nats per token of each test document, in their order."""
 
 
@@ -69,7 +73,7 @@ class DataRecord(Record):
     path: str | None = None
     license: str | None = None
     facts: dict[str, JsonValue]
-    """Split sizes, counts of dropped documents, hashes, and whatever else `recycle.data` found."""
+    """What `recycle.data` found: sizes of the splits, documents left out, hashes."""
 
 
 class LossPoint(Record):
@@ -78,7 +82,7 @@ class LossPoint(Record):
     step: NonNegativeInt
     tokens: NonNegativeInt
     """Text tokens seen so far."""
-    loss: float
+    loss: Loss
 
 
 class CurvePoint(Record):
@@ -87,7 +91,7 @@ class CurvePoint(Record):
     step: NonNegativeInt
     tokens: NonNegativeInt
     """Text tokens seen so far."""
-    validation_loss: dict[str, float]
+    validation_loss: dict[str, Loss]
     """Name of a model in the table -> nats per token."""
 
 
@@ -116,10 +120,12 @@ class WallSeconds(Record):
     setup: NonNegativeFloat
     training: NonNegativeFloat
     evaluation: NonNegativeFloat
+    announced: NonNegativeFloat | None = None
+    """What the run said, before it trained, that training and evaluation would take."""
 
 
 class Results(Record):
-    """Everything that is known of one run. `compare` makes `models`, and it is checked to."""
+    """Everything that is known of one run. `models` must be what `compare` makes of the losses."""
 
     schema_version: Literal[2] = SCHEMA_VERSION
     name: str
@@ -139,7 +145,7 @@ class Results(Record):
     """In the order of the table; the backbone first."""
     wall_seconds: WallSeconds
     first: FirstMeasurement | None = None
-    """The run's own measurement, where this is another one (`recycle eval`) of its adapters."""
+    """What the run itself measured, where this is a later measurement by `recycle eval`."""
 
     @model_validator(mode="after")
     def _derived_numbers_follow_from_losses(self) -> Self:
@@ -163,7 +169,7 @@ class Results(Record):
         return self
 
     def minus_first(self) -> dict[str, Difference]:
-        """Of each model, this measurement minus the run's own; none where this is the run's own."""
+        """This measurement minus the run's own, for each model; empty where it is the run's own."""
         if self.first is None:
             return {}
         first = self.first.losses
@@ -182,9 +188,9 @@ def _derived(model: ModelResult) -> dict[str, JsonValue]:
 
 
 def _same(a: object, b: object) -> bool:
-    """Equality, but for the last digits of floats, which may differ between Python versions."""
+    """Whether two are equal but for the last digits of floats, where Python versions differ."""
     if isinstance(a, dict) and isinstance(b, dict):
         return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
     if isinstance(a, float) and isinstance(b, float):
-        return math.isclose(a, b, rel_tol=1e-9, abs_tol=1e-12)
+        return math.isclose(a, b, rel_tol=1e-9, abs_tol=1e-12) or (a != a and b != b)
     return a == b

@@ -1,5 +1,6 @@
-"""Results -> the table, as text and for the terminal."""
+"""The tables of a result, as text and for the terminal."""
 
+import math
 import statistics
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -10,33 +11,17 @@ from .schema import Results, precision
 if TYPE_CHECKING:
     from rich.table import Table
 
-COLUMNS = (
-    "model",
-    "held-out loss",
-    "− backbone ± se",
-    "− control ± se",
-    "adapter params",
-    "KV bytes/token",
-    "train / prefill / decode tokens/s",
-)
-_NARROW_COLUMNS = (
+# With line breaks for the terminal; `_headings` takes them out.
+_COLUMNS = (
     "model",
     "held-out\nloss",
     "− backbone\n± se",
     "− control\n± se",
     "adapter\nparams",
     "KV bytes\n/token",
-    "train/prefill\n/decode\ntokens/s",
 )
-FIRST_COLUMNS = (
-    "model",
-    "loss in the run",
-    "loss now",
-    "now − run ± se",
-    "run: − backbone ± se",
-    "now: − backbone ± se",
-)
-_NARROW_FIRST_COLUMNS = (
+_SPEED = "train/prefill\n/decode\ntokens/s"
+_FIRST_COLUMNS = (
     "model",
     "run\nloss",
     "loss\nnow",
@@ -46,9 +31,13 @@ _NARROW_FIRST_COLUMNS = (
 )
 
 
-def table(results: Results) -> list[tuple[str, ...]]:
-    """The rows under `COLUMNS`, one for each model, as text."""
-    return [
+def tabulate(results: Results) -> list[tuple[str, ...]]:
+    """The table as text: the headings, then one row for each model.
+
+    The column of speeds is there where prefill or decoding was measured.
+    """
+    speed = _has_speed(results)
+    rows = [
         (
             model.name,
             f"{model.loss:.4f}",
@@ -56,14 +45,16 @@ def table(results: Results) -> list[tuple[str, ...]]:
             format_difference(model.minus_control),
             f"{model.adapter_parameters:,}",
             f"{model.kv_bytes_per_token:,}",
-            " / ".join(f"{rate:,.1f}" if rate is not None else "–" for rate in _rates(model)),
+            *[" / ".join("–" if x is None else f"{x:,.1f}" for x in _rates(model))][:speed],
         )
         for model in results.models
     ]
+    return [_headings((*_COLUMNS, *[_SPEED][:speed])), *rows]
 
 
 def rich_table(results: Results) -> "Table":
     """The table for a terminal of 80 columns or more, with parameters and speeds rounded."""
+    speed = _has_speed(results)
     notes = ["Loss in nats per token; lower is better.", shared_training(results)]
     rows = [
         (
@@ -73,19 +64,20 @@ def rich_table(results: Results) -> "Table":
             format_difference(model.minus_control).replace(" ", ""),
             _short_count(model.adapter_parameters),
             f"{model.kv_bytes_per_token:,}",
-            "/".join(map(_short_rate, _rates(model))),
+            *["/".join(map(_short_rate, _rates(model)))][:speed],
         )
         for model in results.models
     ]
-    return _rich(results.name, "\n".join(filter(None, notes)), _NARROW_COLUMNS, rows)
+    columns = (*_COLUMNS, *[_SPEED][:speed])
+    return _rich(results.name, "\n".join(filter(None, notes)), columns, rows)
 
 
-def first_table(results: Results) -> list[tuple[str, ...]]:
-    """The rows under `FIRST_COLUMNS` of a later measurement; none of the run's own."""
+def tabulate_again(results: Results) -> list[tuple[str, ...]]:
+    """A later measurement beside the run's own: headings and rows; nothing for the run's own."""
     if results.first is None:
         return []
     losses, differences = results.first.losses, results.minus_first()
-    return [
+    rows = [
         (
             model.name,
             f"{statistics.fmean(losses[model.name]):.4f}",
@@ -96,17 +88,18 @@ def first_table(results: Results) -> list[tuple[str, ...]]:
         )
         for model in results.models
     ]
+    return [_headings(_FIRST_COLUMNS), *rows]
 
 
 def rich_first_table(results: Results) -> "Table":
     """The same for a terminal of 80 columns or more."""
     rows = [
         tuple(cell.replace(" ± ", "±") if column else cell for column, cell in enumerate(row))
-        for row in first_table(results)
+        for row in tabulate_again(results)[1:]
     ]
     caption = "now − run below zero: better than in the run."
     title = precisions(results).replace(", ", ",\n")  # both lines fit above the narrowest table
-    return _rich(title, caption, _NARROW_FIRST_COLUMNS, rows)
+    return _rich(title, caption, _FIRST_COLUMNS, rows)
 
 
 def precisions(results: Results) -> str:
@@ -140,6 +133,8 @@ def _rich(
 
 def shared_training(results: Results) -> str:
     """Whose training speed stands in the rows of a nested family; nothing where none does."""
+    if not _has_speed(results):
+        return ""
     shown = {x.num_streams for x in results.models if x.speed.train_tokens_per_second is not None}
     return " ".join(
         f"The train tokens/s of P = {', '.join(map(str, training.p_values))} is that of the one "
@@ -150,22 +145,33 @@ def shared_training(results: Results) -> str:
 
 
 def format_difference(difference: Difference | None) -> str:
-    """`−0.1340 ± 0.0100`, or nothing."""
+    """`−0.1340 ± 0.0100`, with `?` for an error that cannot be told; or nothing."""
     if difference is None:
         return ""
+    if not math.isfinite(difference.mean):
+        return "not finite"
     mean = f"{difference.mean:+.4f}".replace("-", "−")
-    return f"{mean} ± {difference.standard_error:.4f}"
+    error = difference.standard_error
+    return f"{mean} ± ?" if error is None else f"{mean} ± {error:.4f}"
 
 
-def _rates(model: ModelResult) -> tuple[float | None, ...]:
-    """Training, prefill and decoding; nothing where none of them was measured."""
+def _headings(columns: Sequence[str]) -> tuple[str, ...]:
+    return tuple(column.replace("\n/", "/").replace("\n", " ") for column in columns)
+
+
+def _has_speed(results: Results) -> bool:
+    """Whether prefill or decoding was measured. Training alone stands with the trainings."""
+    return any(rate is not None for model in results.models for rate in _rates(model)[1:])
+
+
+def _rates(model: ModelResult) -> tuple[float | None, float | None, float | None]:
+    """Training, prefill and decoding."""
     speed = model.speed
-    rates = (
+    return (
         speed.train_tokens_per_second,
         speed.prefill_tokens_per_second,
         speed.decode_tokens_per_second,
     )
-    return rates if any(rate is not None for rate in rates) else ()
 
 
 def _short_rate(rate: float | None) -> str:

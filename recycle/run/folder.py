@@ -1,34 +1,68 @@
 """The run folder: whose it is, whether it is finished, and who is writing it."""
 
-import json
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
 from recycle import results
-from recycle.backbone.fingerprint import Fingerprint, differences
-from recycle.disk import write_atomically
 from recycle.errors import RecycleError
-from recycle.recipe import SAVED, Recipe, RecipeError, differing_keys, holds_run, load
+from recycle.recipe import SAVED as RECIPE
+from recycle.recipe import (
+    Recipe,
+    RecipeError,
+    differing_keys,
+    holds_run,
+    next_free_folder,
+    read_recipe,
+    resolve,
+    run_folder,
+)
 from recycle.results import Results
 
-from .settle import as_before
+from .settle import as_before, with_absolute_paths
 
-RECIPE = SAVED
 RESULTS = "results.json"
 CHECKPOINTS = "checkpoints"
-GROUND = "ground.json"  # among the checkpoints: what they were made on
+PRECISION = ("backbone.dtype", "backbone.quantization")  # which `recycle eval` may change
 
 
 class RunError(RecycleError):
-    """The run folder cannot be used for this recipe."""
+    """A run cannot be begun, continued or measured as asked for."""
 
 
-def run_folder(recipe: Recipe) -> Path:
-    """Where a recipe's run lies."""
-    return Path(recipe.output.dir or Path("runs") / recipe.name).expanduser()
+@dataclass(frozen=True)
+class Found:
+    """What there is of a run before it starts."""
+
+    recipe: Recipe
+    """With absolute paths, and with what an earlier call of it decided."""
+    folder: Path
+    results: Results | None
+    """Of a finished run."""
+
+
+def find_run(recipe: Recipe, new: bool = False) -> Found:
+    """Look where a recipe's run lies, and at what is there; writes nothing.
+
+    Args:
+        recipe: As it was asked for.
+        new: Take the next free folder instead.
+
+    Raises:
+        RunError: The folder holds something else.
+    """
+    recipe = with_absolute_paths(recipe)
+    folder = run_folder(recipe)
+    if new:
+        return Found(recipe, next_free_folder(folder), None)
+    saved = saved_recipe(recipe, folder)
+    if saved is None:
+        return Found(recipe, folder, None)
+    return Found(as_before(recipe, saved), folder, finished_results(folder))
 
 
 def saved_recipe(recipe: Recipe, folder: Path) -> Recipe | None:
@@ -45,18 +79,20 @@ def saved_recipe(recipe: Recipe, folder: Path) -> Recipe | None:
             return None
         raise RunError(
             f"{folder} exists and is no run folder (it has no {RECIPE} of a run); nothing was "
-            "changed. Choose another with output.dir=FOLDER."
+            "changed. Choose another with output.dir=FOLDER, or let --new find one."
         )
     try:
-        saved = load(path)
+        saved = read_recipe(path)
     except RecipeError as error:
         raise RunError(f"{path} cannot be read, so the run cannot be resumed: {error}") from None
     differing = differing_keys(saved, as_before(recipe, saved))
     if differing:
+        only_evaluation = all(key.startswith("evaluation.") for key in differing)
+        again = f", or measure it again with `recycle eval {folder}`" if only_evaluation else ""
         raise RunError(
             f"{folder} holds a run of another recipe, which differs in {', '.join(differing)}; "
-            "nothing was changed. Set these as they were to go on with that run, or choose "
-            "another folder with output.dir=FOLDER."
+            "nothing was changed. Set these as they were to go on with that run, start a new one "
+            f"with --new (in {next_free_folder(folder)}) or output.dir=FOLDER{again}."
         )
     return saved
 
@@ -70,6 +106,75 @@ def _only_begun(folder: Path) -> bool:
 def finished_results(folder: Path) -> Results | None:
     """The results in a run folder; None if its run is new or unfinished."""
     return results.read(folder / RESULTS) if (folder / RESULTS).is_file() else None
+
+
+def finish(found: Found) -> None:
+    """Do for a finished run what a kill after its results left undone."""
+    assert found.results is not None
+    if not (found.folder / "README.md").is_file():  # the last file of a report
+        from recycle.report import write_report
+
+        write_report(found.results, found.folder)
+    shutil.rmtree(found.folder / CHECKPOINTS, ignore_errors=True)
+
+
+def find_finished(
+    source: str, overrides: Sequence[str], out: str | None, backbone: str | None = None
+) -> Found:
+    """A finished run that is to be measured again.
+
+    Args:
+        source: Its folder.
+        overrides: `key=value` of the sections evaluation and launch, and of the backbone's
+            precision. The data stay as they were: in another split, documents that were trained
+            on could be measured.
+        out: Where new results are to go.
+        backbone: Where the backbone lies now, if not where the run recorded it.
+
+    Raises:
+        RunError: It is no finished run, an override would need other adapters, or `out` exists.
+        RecipeError: An override does not fit.
+    """
+    folder = Path(source)
+    if not folder.is_dir():
+        raise RunError(f"There is no folder {folder}. Name the folder of a finished run.")
+    if not (folder / RESULTS).is_file():
+        raise RunError(
+            f"{folder} is no finished run: it has no {RESULTS}. Finish it with `recycle run`."
+        )
+    if out is not None and Path(out).exists():
+        raise RunError(f"{out} exists already and is not overwritten. Name a new file.")
+    if out is not None and not Path(out).parent.is_dir():
+        raise RunError(f"{out} cannot be written: there is no folder {Path(out).parent}.")
+    keys = [override.partition("=")[0].strip() for override in overrides]
+    fixed = [
+        key
+        for key in keys
+        if key.partition(".")[0] not in ("evaluation", "launch") and key not in PRECISION
+    ]
+    if fixed:
+        raise RunError(
+            "`recycle eval` measures the same adapters on the same documents and takes fields of "
+            f"evaluation and launch, {' and '.join(PRECISION)} only, got {', '.join(fixed)}."
+        )
+    moved = [] if backbone is None else [f"backbone.id={backbone}", "backbone.revision=null"]
+    recipe = with_absolute_paths(resolve(str(folder / RECIPE), [*overrides, *moved]).recipe)
+    return Found(recipe, folder, results.read(folder / RESULTS))
+
+
+def kept(folder: Path) -> str:
+    """What an interrupted run left to go on from, in words."""
+    found = []
+    for training in sorted((folder / CHECKPOINTS).glob("*/")):
+        sealed = training.glob("checkpoint-*/complete")
+        steps = [int(path.parent.name.rpartition("-")[2]) for path in sealed]
+        if (training / "finished").is_dir():
+            found.append(f"{training.name} is trained")
+        elif steps:
+            found.append(f"{training.name} has a checkpoint at step {max(steps):,}")
+    if not found:
+        return "Stopped before the first checkpoint: nothing was kept."
+    return f"Stopped; {', '.join(found)}. The same command goes on from there."
 
 
 @contextmanager
@@ -99,39 +204,3 @@ def claimed(folder: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
-
-
-def same_ground(folder: Path, backbone: Fingerprint, dtype: str, data: dict[str, str]) -> None:
-    """Record what a run's checkpoints are made on, or compare it with the record.
-
-    Args:
-        folder: The run folder.
-        backbone: Its backbone.
-        dtype: What the backbone computes in.
-        data: SHA-256 of each split.
-
-    Raises:
-        RunError: The checkpoints were made on something else.
-    """
-    record = folder / CHECKPOINTS / GROUND
-    now = {"backbone": backbone.to_dict(), "dtype": dtype, "data": data}
-    if not record.is_file():
-        write_atomically(record, json.dumps(now).encode())
-        return
-    try:
-        before = json.loads(record.read_text())
-        differing = differences(Fingerprint.from_dict(before["backbone"]), backbone)
-    except (ValueError, KeyError, TypeError) as error:
-        raise RunError(
-            f"{record} is torn ({error}), so the run cannot be resumed. Choose another folder with "
-            "output.dir=FOLDER, or delete this one."
-        ) from None
-    if before["dtype"] != dtype:
-        differing.append(f"it computed in {before['dtype']}, and this machine in {dtype}")
-    if before["data"] != data:
-        differing.append("the data were others (their SHA-256 differs)")
-    if differing:
-        raise RunError(
-            f"{folder} was begun on something else than there is now: {'; '.join(differing)}. Put "
-            "that back, or choose another folder with output.dir=FOLDER."
-        )

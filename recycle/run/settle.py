@@ -4,9 +4,9 @@ A path becomes absolute; a revision that was left open becomes the commit that t
 `auto` becomes what this hardware computes in. A branch or tag that was named stays as it is.
 """
 
-from pathlib import Path
 from typing import Any
 
+from recycle.disk import expand
 from recycle.recipe import Recipe
 
 # Fields that may be left open, and how they then read.
@@ -19,11 +19,11 @@ OPEN: dict[str, dict[str, Any]] = {
 def with_absolute_paths(recipe: Recipe) -> Recipe:
     """The recipe with the paths of a local backbone and of local data made absolute."""
     backbone, data = recipe.backbone, recipe.data
-    folder = Path(backbone.id).expanduser()
+    folder = expand(backbone.id)
     if folder.is_dir():
         backbone = backbone.model_copy(update={"id": str(folder.absolute())})
     if data.path is not None and data.source != "hub":
-        path = Path(data.path).expanduser().absolute()
+        path = expand(data.path).absolute()
         data = data.model_copy(update={"path": str(path)})
     return recipe.model_copy(update={"backbone": backbone, "data": data})
 

@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or not taken for one, and the error that keeps the last of them."""
+"""Checkpoints that are complete, or are not used; and the error that keeps the last of them."""
 
 import json
 import re
@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from recycle.disk import file_sha256, write_atomically
+from recycle.disk import file_sha256, is_write_failure, write_atomically
 from recycle.errors import RecycleError
 
+RECORD = "training.json"  # of the training so far
 COMPLETE = "complete"  # written into a checkpoint last, with the hashes of the files before it
 
 
@@ -18,14 +19,15 @@ class TrainingError(RecycleError):
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint that is whole; torn ones after it are removed."""
+    """The newest complete checkpoint; damaged ones after it are removed."""
     found = sorted(
         (path for path in folder.glob("checkpoint-*") if re.fullmatch(r"\w+-\d+", path.name)),
         key=lambda path: int(path.name.split("-")[1]),
     )
-    while found and not is_whole(found[-1]):
-        torn = found.pop()
-        shutil.rmtree(torn) if torn.is_dir() and not torn.is_symlink() else torn.unlink()
+    while found and not is_complete(found[-1]):
+        damaged = found.pop()
+        is_folder = damaged.is_dir() and not damaged.is_symlink()
+        shutil.rmtree(damaged) if is_folder else damaged.unlink()
     return found[-1] if found else None
 
 
@@ -34,8 +36,8 @@ def seal(checkpoint: Path) -> None:
     write_atomically(checkpoint / COMPLETE, _hashes(checkpoint))
 
 
-def is_whole(checkpoint: Path) -> bool:
-    """Whether every file of a sealed folder is as it was."""
+def is_complete(checkpoint: Path) -> bool:
+    """Whether a folder was sealed, and every file in it is as it was then."""
     mark = checkpoint / COMPLETE
     return mark.is_file() and mark.read_bytes() == _hashes(checkpoint)
 
@@ -49,14 +51,16 @@ def _hashes(checkpoint: Path) -> bytes:
 
 @contextmanager
 def writing(what: Path) -> Iterator[None]:
-    """Give what cannot be written one exception; torch, safetensors and tokenizers have their own.
+    """Give what cannot be written one error.
 
     Raises:
-        TrainingError: In the place of theirs, of which a full disk is the usual cause.
+        TrainingError: In the place of the libraries' own, of which a full disk is the usual cause.
     """
     try:
         yield
     except Exception as error:
+        if not is_write_failure(error):
+            raise
         raise TrainingError(
             f"{what} could not be written: {str(error).splitlines()[0]}. The last good "
             "checkpoint is kept. Make room on that disk, then give the same command again."

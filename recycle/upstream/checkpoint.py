@@ -23,17 +23,19 @@ from transformers import Qwen2Config
 from recycle.backbone.source import (
     INDEX,
     SINGLE,
+    TOKENIZER_FILES,
     SourceError,
     SourceFiles,
     read_config,
     source_files,
 )
+from recycle.disk import expand
 
 from .layout import first_of
 from .tensors import CheckpointError, Stored, stored_tensors
 
 REQUIRED = ("parscale_n", "hidden_size", "num_hidden_layers")
-DOWNLOADED = ["*.json", "*.safetensors", "*.txt", "*.jinja"]
+DOWNLOADED = ["*.json", "*.safetensors", *TOKENIZER_FILES]
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,7 @@ def model_files(model: str | Path, revision: str | None = None) -> SourceFiles:
     Raises:
         CheckpointError: It is no model, or its files are incomplete.
     """
-    folder = Path(model).expanduser()
+    folder = expand(model)
     if (folder / INDEX).is_file() and not (folder / SINGLE).is_file():
         _check_index(folder)
     try:
@@ -122,7 +124,7 @@ def model_tensors(files: SourceFiles) -> dict[str, Stored]:
     """Where each tensor of a model lies.
 
     Raises:
-        CheckpointError: A file is torn.
+        CheckpointError: A file is damaged.
     """
     return {name: tensor for file in files.weights for name, tensor in stored_tensors(file).items()}
 
@@ -193,7 +195,7 @@ def check_new(final: Path) -> None:
 
 
 def _folder(source: str | Path, revision: str | None) -> Path:
-    folder = Path(source).expanduser()
+    folder = expand(source)
     if folder.is_dir():
         return folder
     try:

@@ -9,19 +9,18 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from torch import Tensor
 
-from recycle.backbone.fingerprint import Fingerprint, differences, fingerprint_files
-from recycle.backbone.source import INDEX, SINGLE, SourceFiles, read_config
-from recycle.family.folder import BACKBONE, CONFIG, Family, Member, find_folder, read_members
-from recycle.family.switch import listed
-from recycle.parscale.config import ParScaleConfig
+from recycle.backbone.source import INDEX, SINGLE, TOKENIZER_FILES, SourceFiles, read_config
+from recycle.disk import expand
+from recycle.family import Family, find_backbone, find_folder, read_members
+from recycle.family.folder import Member
+from recycle.family.record import listed
 
-from .checkpoint import check_new, model_files, model_tensors, new_folder
+from .checkpoint import check_new, model_tensors, new_folder
 from .layout import (
     BIASES,
     EMBEDDING,
     GENERATION,
     HEAD,
-    TOKENIZER,
     Sizes,
     backbone_names,
     copy_files,
@@ -63,20 +62,20 @@ def export_checkpoint(
         The checkpoint's folder.
 
     Raises:
-        FamilyError: `source` is no family, or a file of it is torn.
+        FamilyError: `source` is no family, or a file of it is damaged.
         CheckpointError: There is no such P; the backbone is missing, another one than the family
-            was trained on, torn, or no model that upstream's code computes; or `out` exists or
+            was trained on, damaged, or no model that upstream's code computes; or `out` exists or
             cannot be written.
 
     Source: upstream's modeling_qwen2_parscale.py.
     """
-    out = Path(out).expanduser()
+    out = expand(out)
     check_new(out)
     folder = find_folder(source, revision)
     family = Family.read(folder)
     p = _chosen_p(family, p, str(source))
     member = next(m for m in read_members(folder, family) if p in (m.config.p_values or []))
-    files = _backbone(folder, family, member.config, str(source), backbone)
+    files = find_backbone(folder, member.config, str(source), backbone)
     held = model_tensors(files)
     raw = read_config(files)
     llama = raw.get("model_type") == "llama"
@@ -91,8 +90,8 @@ def export_checkpoint(
     with new_folder(out) as written:
         _write_weights(written, files, kept, new, llama)
         (written / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        if not copy_files(companions, written, TOKENIZER):
-            copy_files(folder, written, TOKENIZER)
+        if not copy_files(companions, written, TOKENIZER_FILES):
+            copy_files(folder, written, TOKENIZER_FILES)
         copy_files(companions, written, (GENERATION,))
         _name_tokenizer_class(written)
     return out
@@ -106,53 +105,12 @@ def _chosen_p(family: Family, p: int | None, source: str) -> int:
         )
     if p == 1:
         raise CheckpointError(
-            f"P = 1 is the untouched backbone, {family.backbone}, and there is nothing to add to "
-            f"it; {source} exports with P = {listed(family.p_values)}."
+            "P = 1 is the untouched backbone, and there is nothing to add to it; "
+            f"{source} exports with P = {listed(family.p_values)}."
         )
     if p is not None and p not in family.p_values:
         raise CheckpointError(f"{source} exports with P = {listed(family.p_values)}, got {p}.")
     return max(family.p_values) if p is None else p
-
-
-def _backbone(
-    folder: Path,
-    family: Family,
-    config: ParScaleConfig,
-    source: str,
-    backbone: str | Path | None,
-) -> SourceFiles:
-    """The files of the backbone, found as `load` finds it and checked to be that one."""
-    location, revision = family.backbone, family.revision
-    if backbone is not None:
-        location, revision = str(backbone), None
-    elif (folder / BACKBONE).is_dir():
-        location, revision = str(folder / BACKBONE), None
-    if not location:
-        raise CheckpointError(f"{source} does not record its backbone. Name it with --backbone.")
-    try:
-        files = model_files(location, revision)
-    except CheckpointError as error:
-        raise CheckpointError(
-            f"The backbone of {source} cannot be read: {str(error).rstrip('.')}. Or name where it "
-            "lies with --backbone."
-        ) from None
-    if config.fingerprint is None:
-        return files
-    model_tensors(files)  # a torn file is named by its tensor
-    try:
-        trained_on = Fingerprint.from_dict(config.fingerprint)
-    except TypeError as error:
-        raise CheckpointError(
-            f"{source}: the fingerprint in {CONFIG} is torn ({error}). Copy the whole folder again."
-        ) from None
-    differing = differences(trained_on, fingerprint_files(files))
-    if differing:
-        raise CheckpointError(
-            f"{source} was trained on the backbone {trained_on.id} (revision "
-            f"{trained_on.revision}), and {location} is another one: {'; '.join(differing)}. Name "
-            "where that backbone lies with --backbone."
-        )
-    return files
 
 
 def _dtype_name(held: dict[str, Stored]) -> str:
@@ -250,7 +208,7 @@ def _companions(files: SourceFiles) -> Path:
             snapshot_download(
                 files.id,
                 revision=files.revision,
-                allow_patterns=[*TOKENIZER, GENERATION],
+                allow_patterns=[*TOKENIZER_FILES, GENERATION],
                 local_files_only=files.local_only,
             )
         )

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from recycle.backbone.fingerprint import fingerprint
-from recycle.backbone.source import INDEX, SINGLE, read_config
+from recycle.backbone.fingerprint import fingerprint_model
+from recycle.backbone.source import INDEX, SINGLE, TOKENIZER_FILES, read_config
+from recycle.disk import expand
 from recycle.family.folder import BACKBONE, write_adapter
 from recycle.parscale.config import ParScaleConfig
 
@@ -26,7 +27,6 @@ from .layout import (
     EMBEDDING,
     GENERATION,
     HEAD,
-    TOKENIZER,
     Sizes,
     backbone_names,
     copy_files,
@@ -88,10 +88,10 @@ def import_checkpoint(
         CheckpointError: See `Checkpoint`; or a tensor is missing or has values that are not finite;
             or `backbone` is another model; or a folder exists or cannot be written.
     """
-    out = Path(out).expanduser()
+    out = expand(out)
     if backbone is not None and backbone_out is not None:
         raise CheckpointError("Name either the backbone or where to write it, not both.")
-    written_out = Path(backbone_out).expanduser() if backbone_out is not None else None
+    written_out = expand(backbone_out) if backbone_out is not None else None
     if written_out is not None and written_out.resolve() == (out / BACKBONE).resolve():
         written_out = None  # the default, written with the adapter
     for path in (out, written_out):
@@ -114,17 +114,17 @@ def import_checkpoint(
         new_folder(written_out) if written_out else nullcontext(adapter / BACKBONE) as plain,
     ):
         if backbone is not None:
-            identity = fingerprint(backbone)
+            identity = fingerprint_model(backbone)
         else:
             write_backbone(checkpoint, plain)
             config.backbone_trained = True
             final = (written_out or out / BACKBONE).resolve()
-            identity = replace(fingerprint(plain), id=str(final))
+            identity = replace(fingerprint_model(plain), id=str(final))
         config.base_model_name_or_path = identity.id
         config.revision = identity.revision
         config.fingerprint = identity.to_dict()
         write_adapter(adapter, config, state)
-        copy_files(checkpoint.folder, adapter, TOKENIZER)
+        copy_files(checkpoint.folder, adapter, TOKENIZER_FILES)
     return out
 
 
@@ -234,7 +234,7 @@ def write_backbone(checkpoint: Checkpoint, folder: Path) -> None:
     }
     config |= {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    copy_files(checkpoint.folder, folder, (*TOKENIZER, GENERATION))
+    copy_files(checkpoint.folder, folder, (*TOKENIZER_FILES, GENERATION))
 
 
 def compare_backbone(checkpoint: Checkpoint, backbone: str) -> None:

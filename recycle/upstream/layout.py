@@ -19,7 +19,6 @@ from transformers import Qwen2Config
 
 FIRST_AGGREGATOR = "model.aggregate_layer.0.weight"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-TOKENIZER = ("token*", "vocab*", "merges*", "special_tokens*", "added_tokens*", "chat_template*")
 BIASES = tuple(f"self_attn.{kind}_proj.bias" for kind in "qkv")  # that a Llama lacks
 GENERATION = "generation_config.json"
 
@@ -126,7 +125,9 @@ def first_of(names: list[str]) -> str:
 
 def copy_files(source: Path, target: Path, patterns: tuple[str, ...]) -> bool:
     """Copy the files whose names match; whether there were any."""
-    found = [file for pattern in patterns for file in source.glob(pattern) if file.is_file()]
+    found = {file for pattern in patterns for file in source.glob(pattern) if file.is_file()}
     for file in found:
-        shutil.copy(file, target / file.name)
+        copied = target / file.relative_to(source)
+        copied.parent.mkdir(exist_ok=True)
+        shutil.copy(file, copied)
     return bool(found)

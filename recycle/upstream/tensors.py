@@ -15,6 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from recycle.backbone.header import damaged, read_header
+from recycle.backbone.source import SourceError
 from recycle.errors import RecycleError
 
 PIECE_BYTES = 1 << 22
@@ -82,44 +84,23 @@ def stored_tensors(file: Path) -> dict[str, Stored]:
     """The tensors of a safetensors file by name, from its header.
 
     Raises:
-        CheckpointError: The file is torn; says in which tensor.
+        CheckpointError: The file is damaged; says in which tensor.
     """
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if size < 8 or length > size - 8:
-            raise _torn(file, "its header is cut off")
-        try:
-            header = json.loads(stream.read(length))
-            header.pop("__metadata__", None)
-            found = {
-                name: Stored(
-                    file,
-                    name,
-                    DTYPES[entry["dtype"]],
-                    tuple(entry["shape"]),
-                    *(8 + length + offset for offset in entry["data_offsets"]),
-                )
-                for name, entry in header.items()
-            }
-            whole = all(
-                tensor.end - tensor.start == prod(tensor.shape) * tensor.dtype.itemsize
-                for tensor in found.values()
-            )
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise _torn(file, f"its header cannot be read ({error})") from None
-    if not whole:
-        raise _torn(file, "shapes and sizes in its header differ")
-    cut = [tensor for tensor in found.values() if tensor.end > size]
-    if cut:
-        first = min(cut, key=lambda tensor: tensor.end)
-        missing = max(tensor.end for tensor in cut) - size
-        raise _torn(file, f"it ends within tensor {first.name}, {missing} bytes are missing")
+    try:
+        found = {
+            name: Stored(file, name, DTYPES[entry.dtype], entry.shape, entry.start, entry.end)
+            for name, entry in read_header(file).items()
+        }
+        for x in found.values():
+            if x.end - x.start != prod(x.shape) * x.dtype.itemsize:
+                raise damaged(file, f"shape and size of tensor {x.name} in its header differ")
+    except KeyError as error:
+        raise CheckpointError(
+            f"{file} has tensors of type {error}, and known are {', '.join(DTYPES)}."
+        ) from None
+    except SourceError as error:
+        raise CheckpointError(str(error)) from None
     return found
-
-
-def _torn(file: Path, reason: str) -> CheckpointError:
-    return CheckpointError(f"{file} is torn: {reason}. Fetch it again.")
 
 
 def write_tensors(file: Path, tensors: Mapping[str, Stored | Tensor]) -> int:

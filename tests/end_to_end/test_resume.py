@@ -98,13 +98,14 @@ def test_killed_in_every_part(undisturbed: Results, tmp_path: Path, tiny_folder:
     kill("control/finished/complete")
     assert not (run / "family.json").exists()
     trained = [json.loads(_record(nested)), None]
-    kill("tiny/report.md")
-    assert (run / "family.json").is_file()
-    trained[1] = json.loads(_record(control))
     kill("tiny/results.json")
+    assert (run / "family.json").is_file()
     assert not (run / "results.json").exists()
-    kill("tiny/checkpoints")
+    trained[1] = json.loads(_record(control))
+    kill("tiny/report.md")  # after the results: nothing but them is needed for the rest
     assert (run / "results.json").is_file()
+    kill("tiny/checkpoints")
+    assert (run / "README.md").is_file()
 
     done = recycle("run", "tiny.yaml", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -128,7 +129,8 @@ def test_stopped_by_the_user(undisturbed: Results, tmp_path: Path, tiny_folder: 
     family = tmp_path / "runs" / "tiny" / "checkpoints" / "nested"
     done = stopped(tmp_path, signal.SIGINT, "nested/checkpoint-10/complete")
     assert done.returncode == 130
-    assert done.stderr == "recycle: Stopped. The same command goes on from the last checkpoint.\n"
+    kept = "nested has a checkpoint at step 5. The same command goes on from there."
+    assert done.stderr == f"recycle: Stopped; {kept}\n"
     assert not (family / "finished").exists()
 
     # The newest whole checkpoint is torn as well, as if the machine had gone down.
@@ -137,9 +139,10 @@ def test_stopped_by_the_user(undisturbed: Results, tmp_path: Path, tiny_folder: 
     os.truncate(weights, weights.stat().st_size // 2)
     (family / "checkpoint-10").mkdir()  # and a third, empty, as if it had just been begun
     done = stopped(tmp_path, signal.SIGKILL, "nested/checkpoint-5/complete")
-    assert "goes on" not in done.stdout  # none was whole
+    assert "going on" not in done.stdout  # none was whole
     done = stopped(tmp_path, signal.SIGKILL, "nested/checkpoint-20/complete")
     done = recycle("run", "tiny.yaml", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert f"nested: goes on from a checkpoint at {15 * STEP_TOKENS:,} tokens" in done.stdout
+    left, whole = 15 * STEP_TOKENS, 30 * STEP_TOKENS
+    assert f"nested on {left:,} tokens of {whole:,}, going on from a checkpoint" in done.stdout
     assert_same(read(tmp_path), undisturbed)

@@ -16,7 +16,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from recycle.family import set_p
 from recycle.parscale import ParScaleConfig
-from recycle.parscale.initialise import find_decoder
+from recycle.parscale.decoder import find_decoder
 from tests.families.configs import PAD_ID, VOCAB_SIZE
 
 NUM_VIRTUAL_TOKENS = 3

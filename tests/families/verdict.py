@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, LinearAttentionCacheLayerMixin
 
 from recycle.parscale import UnsupportedModelError
-from recycle.parscale.initialise import find_decoder
+from recycle.parscale.decoder import find_decoder
 from tests.families.checks import (
     LENGTH,
     check_attention,

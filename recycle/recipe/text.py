@@ -9,8 +9,9 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
-from recycle.recipe.resolve import Resolved
-from recycle.recipe.schema import MAPPINGS, Recipe, flatten
+from .consequences import notes
+from .resolution import Resolved
+from .schema import MAPPINGS, Recipe, flatten
 
 # Words that need no quotes in YAML: no signs with a meaning, and not one of YAML's own words.
 _WORD = re.compile(r"(?!(?:null|true|false)$)[a-z_/][\w./+-]*", re.IGNORECASE | re.ASCII)
@@ -59,6 +60,7 @@ def show(resolved: Resolved) -> str:
 def _lines(resolved: Resolved) -> Iterator[tuple[str, str]]:
     """(line, origin) in order; the line that opens a section has no origin."""
     opened: tuple[str, ...] = ()
+    told = notes(resolved.recipe)
     for key, value in flatten(resolved.recipe).items():
         *parents, last = key.split(".")
         for depth, parent in enumerate(parents):
@@ -66,7 +68,8 @@ def _lines(resolved: Resolved) -> Iterator[tuple[str, str]]:
                 yield f"{'  ' * depth}{parent}:", ""
         opened = tuple(parents)
         text = "{}" if key in MAPPINGS else _value(value)
-        yield f"{'  ' * len(parents)}{last}: {text}", resolved.origins[key]
+        note = f"; {told[key]}" if key in told else ""
+        yield f"{'  ' * len(parents)}{last}: {text}", resolved.origins[key] + note
 
 
 def _value(value: object) -> str:

@@ -10,7 +10,7 @@ from recycle.parscale import (
     start_from_text,
     start_token_ids,
 )
-from recycle.parscale.prefix import StreamLayer
+from recycle.parscale.layer import StreamLayer
 from tests.adapters import logits, scramble, stream_config, stream_model, token_ids
 from tests.tiny import tiny_model, tiny_tokenizer
 

@@ -5,7 +5,7 @@ problems of all files and of the command line are collected and raised together.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -13,20 +13,21 @@ from typing import Annotated, Any, get_args
 
 from pydantic import TypeAdapter, ValidationError
 
-from recycle.recipe import files
-from recycle.recipe.files import Nested, Raw, Setting
-from recycle.recipe.problems import (
+from . import files
+from .files import Nested, Raw, Setting
+from .problems import (
     FRAGMENTS,
     RecipeError,
     choices_hint,
     fragment_hint,
     key_hint,
     nearest,
+    path_hint,
     reword,
     section_hint,
     shorten,
 )
-from recycle.recipe.schema import (
+from .schema import (
     FIELDS,
     MAPPINGS,
     SECTIONS,
@@ -35,7 +36,7 @@ from recycle.recipe.schema import (
     flatten,
     takes,
 )
-from recycle.recipe.target import as_name, choose, model_name
+from .target import as_name, choose, is_there, model_name, names_path
 
 COMMAND_LINE = "command line"
 DEFAULT = "default"
@@ -48,6 +49,7 @@ class Resolved:
     recipe: Recipe
     origins: dict[str, str]  # dotted key -> "recipes/models/x.yaml:3", "command line" or "default"
     chosen: str  # "shipped recipe 'demo'", "recipe file x.yaml", "default recipe for ..."
+    missing: tuple[str, ...]  # local paths that are not there, which a finished run can do without
 
 
 def resolve(target: str, overrides: Sequence[str] = ()) -> Resolved:
@@ -73,10 +75,10 @@ def resolve(target: str, overrides: Sequence[str] = ()) -> Resolved:
     draft.override(overrides)
     fallback = recipe_path.stem if model is None else model_name(model)
     recipe, origins = draft.finish(chosen, files.display(recipe_path), as_name(fallback))
-    return Resolved(recipe, origins, chosen)
+    return Resolved(recipe, origins, chosen, tuple(draft.missing_paths()))
 
 
-def load(path: Path | str) -> Recipe:
+def read_recipe(path: Path | str) -> Recipe:
     """The recipe in a file, such as the one saved in a run folder."""
     draft = _Draft()
     draft.include(Path(path))
@@ -161,9 +163,9 @@ class _Draft:
         folder = FRAGMENTS[section]
         names = files.shipped(folder)
         if name not in names:
-            also = "; for another model write backbone.id=..." if section == "backbone" else ""
             message = f"there is no fragment {folder}/{name}"
-            self._problem(COMMAND_LINE, section, name, message, choices_hint(name, names) + also)
+            hint = path_hint(section, name) or choices_hint(name, names)
+            self._problem(COMMAND_LINE, section, name, message, hint)
             return
         if files.is_whole(folder, name, section):
             self.drop(section)
@@ -237,6 +239,16 @@ class _Draft:
         if self.problems:
             raise RecipeError(subject, self.problems)
         return self._build()
+
+    def missing_paths(self) -> Iterator[str]:
+        """Local paths that are set and not there."""
+        for key, is_path in (("backbone.id", names_path), ("data.path", lambda value: True)):
+            value = self.values.get(key)
+            if key == "data.path" and self.values.get("data.source") == "hub":
+                continue
+            if isinstance(value, str) and is_path(value) and not is_there(value):
+                shown = f"{self.origins[key]}: {key} = {value}"
+                yield f"{shown}: there is no such file or folder (looked from {Path.cwd()})"
 
     def _build(self) -> tuple[Recipe, dict[str, str]]:
         tree: dict[str, Any] = {}

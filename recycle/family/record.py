@@ -1,0 +1,132 @@
+"""What a family's folder says of itself: `family.json`, or one adapter's config.
+
+A run folder holds `p2/`, `p4/`, …, perhaps `control/`, each a plain PEFT adapter that stands on its
+own, and `family.json` with what they share. It has no path in it, since run folders are published;
+where the backbone lies is in each adapter's own `adapter_config.json`, where PEFT looks for it.
+
+This file imports nothing heavy, so that a wrong folder or P is told at once.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from recycle.disk import expand, write_atomically
+from recycle.errors import RecycleError
+
+FAMILY_FILE = "family.json"
+FAMILY_VERSION = 2
+NESTED = "nested"
+CONTROL = "control"
+WEIGHTS = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+
+
+class FamilyError(RecycleError):
+    """A family folder cannot be loaded, or does not have the P that was asked for."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """What the adapters of a run folder share: the content of `family.json`."""
+
+    p_values: list[int]
+    nested: bool
+    control: bool
+    backbone_trained: bool
+    sha256: dict[str, str]  # of each weight file, by its path in the folder
+    version: int = FAMILY_VERSION
+
+    @property
+    def offered(self) -> list[int]:
+        """The P that it can run with; 1 is the backbone."""
+        return ([] if self.backbone_trained else [1]) + self.p_values
+
+    @staticmethod
+    def read(folder: Path) -> "Family":
+        """Read a local folder's `family.json`; a folder that is one adapter is a family of its own.
+
+        Raises:
+            FamilyError: It is neither, or what it holds cannot be read.
+        """
+        if (folder / FAMILY_FILE).is_file():
+            return _parse(folder / FAMILY_FILE)
+        if not (folder / CONFIG).is_file():
+            raise FamilyError(_what_is_there(folder))
+        config = _read_json(folder / CONFIG)
+        p_values = config.get("p_values") or [config.get("num_streams", 1)]
+        return Family(
+            p_values=[p for p in p_values if p > 1],
+            nested=len(p_values) > 1,
+            control=p_values == [1],
+            backbone_trained=bool(config.get("backbone_trained")),
+            sha256={},
+        )
+
+    def write(self, folder: Path) -> None:
+        """Write `family.json`. It comes last: it makes the folder a whole family."""
+        write_atomically(folder / FAMILY_FILE, f"{json.dumps(asdict(self), indent=2)}\n".encode())
+
+    def check(self, p: int | None, source: str) -> None:
+        """Refuse a P that the family does not offer.
+
+        Raises:
+            FamilyError: Names those that it does.
+        """
+        if p is not None and (type(p) is not int or p not in self.offered):
+            raise FamilyError(f"{source} offers P = {listed(self.offered)}, got p={p!r}.")
+
+
+def listed(offered: Sequence[int]) -> str:
+    """Values of P in words."""
+    return ", ".join(map(str, offered)) or "nothing but its one-stream adapter"
+
+
+def check_source(source: str | Path, p: int | None = None) -> None:
+    """Refuse what a folder's JSON files alone show to be wrong; a Hub id passes.
+
+    Raises:
+        FamilyError: The folder is no family, or does not offer `p`.
+    """
+    folder = expand(source)
+    if folder.is_dir():
+        Family.read(folder).check(p, str(source))
+    elif str(source).startswith((".", "/", "~")) or str(source).count("/") > 1:
+        raise FamilyError(f"{str(source)!r} is no folder here. Name a run folder or a Hub id.")
+
+
+def _what_is_there(folder: Path) -> str:
+    inside = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG}"))
+    words = f"{folder} holds neither {FAMILY_FILE} (a run folder) nor {CONFIG} (one adapter). "
+    if inside:
+        return (
+            f"{words}It has adapters in {', '.join(f'{name}/' for name in inside)}, as PEFT's "
+            f"save_pretrained writes them: name one, such as {folder / inside[0]}."
+        )
+    return f"{words}A run writes them when its training is finished."
+
+
+def _parse(path: Path) -> Family:
+    content = _read_json(path)
+    version = content.get("version")
+    if version != FAMILY_VERSION:
+        raise FamilyError(
+            f"{path} has version {version}, this recycle reads version {FAMILY_VERSION}. Use the "
+            "recycle-lm that wrote it, or run the recipe again."
+        )
+    try:
+        return Family(**content)
+    except TypeError as error:
+        raise FamilyError(f"{path} is damaged: {error}. Copy it again.") from None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_bytes())
+    except (ValueError, OSError) as error:
+        raise FamilyError(f"{path} is damaged ({error}). Copy it again.") from None
+    if not isinstance(content, dict):
+        raise FamilyError(f"{path} is damaged: it must hold a JSON object. Copy it again.")
+    return content

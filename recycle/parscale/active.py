@@ -1,0 +1,133 @@
+"""Which streams run: what a model is set to, what a thread chose, and what a forward pass is in."""
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from .config import ParScaleConfig
+from .errors import ParScaleError
+
+
+@dataclass(frozen=True)
+class ActiveStreams:
+    """The streams of one forward pass of a decoder."""
+
+    adapter: str
+    num_streams: int
+    p_values: tuple[int, ...]  # one: the P in use; several: all at once, in nested training
+
+
+class Selection:
+    """What a model is set to: one object that all of its stream layers share.
+
+    So choosing P changes one place, whatever the size of the model.
+    """
+
+    def __init__(self) -> None:
+        self.configs: dict[str, ParScaleConfig] = {}  # of each adapter on the model
+        self.p: dict[str, int] = {}  # the P in use, for each adapter
+        self.adapters: str | list[str] = []  # that are active, in PEFT's words
+        self.disabled = False
+        self.replaced: str | None = None  # the last adapter that was deleted while active
+
+    def add(self, adapter: str, config: ParScaleConfig) -> None:
+        """Take in an adapter; its largest P is in use first."""
+        self.configs[adapter] = config
+        self.p[adapter] = config.num_streams
+        self.replaced = None
+
+    def remove(self, adapter: str) -> None:
+        self.configs.pop(adapter, None)
+        self.p.pop(adapter, None)
+
+    def use(self, active: ActiveStreams | None) -> None:
+        """Set the model to these streams (None: the backbone)."""
+        self.disabled = active is None
+        if active is not None:
+            self.adapters = [active.adapter]
+            self.p[active.adapter] = active.num_streams
+
+    @property
+    def p_values(self) -> dict[str, list[int]]:
+        """The values of P that each adapter serves, ascending."""
+        return {name: config.p_values or [] for name, config in self.configs.items()}
+
+    @property
+    def names(self) -> list[str]:
+        """The ParScale adapters that are active; others are another method's."""
+        active = [self.adapters] if isinstance(self.adapters, str) else self.adapters
+        return [name for name in active if name in self.p]
+
+    def current(self) -> ActiveStreams | None:
+        """The streams that the next forward pass in this thread uses; None for the backbone."""
+        for selection, active in forward_state.choices:
+            if selection is self:
+                return active
+        names = self.names
+        if self.disabled or not names:
+            return None
+        if len(names) > 1:
+            raise ParScaleError(
+                f"One ParScale adapter can be active at a time, got {names}. Choose one with "
+                "model.set_adapter(name)."
+            )
+        return ActiveStreams(names[0], self.p[names[0]], (self.p[names[0]],))
+
+
+class _Values:
+    """What `_ForwardState` holds in one thread."""
+
+    def __init__(self) -> None:
+        self.active: ActiveStreams | None = None
+        # What this thread chose, the latest first.
+        self.choices: tuple[tuple[Selection, ActiveStreams | None], ...] = ()
+
+
+class _ForwardState(threading.local):
+    """What the modules of a decoder see of the forward pass they are in; one for each thread.
+
+    What compiled code sets lies one object deeper: torch.compile guards no class attribute, and
+    where a graph breaks it forgets what was set on the `threading.local` itself.
+    """
+
+    def __init__(self) -> None:  # runs in every thread
+        self._values = _Values()
+        self.record: Callable[[nn.Module, Tensor, Tensor], None] | None = None
+
+    @property
+    def active(self) -> ActiveStreams | None:
+        return self._values.active
+
+    @active.setter
+    def active(self, active: ActiveStreams | None) -> None:
+        self._values.active = active
+
+    @property
+    def choices(self) -> tuple[tuple[Selection, ActiveStreams | None], ...]:
+        return self._values.choices
+
+    @choices.setter
+    def choices(self, choices: tuple[tuple[Selection, ActiveStreams | None], ...]) -> None:
+        self._values.choices = choices
+
+
+forward_state = _ForwardState()
+
+
+@contextmanager
+def choose(selection: Selection, active: ActiveStreams | None) -> Iterator[None]:
+    """Run these streams (None: the backbone) inside a `with` block and in this thread only.
+
+    Blocks of one thread nest; one that awaits or yields in the middle lets its choice out into what
+    runs meanwhile.
+    """
+    choice = (selection, active)
+    forward_state.choices = (choice, *forward_state.choices)
+    try:
+        yield
+    finally:
+        # By identity: tasks and generators may end their blocks in another order.
+        forward_state.choices = tuple(x for x in forward_state.choices if x is not choice)

@@ -1,0 +1,45 @@
+"""What follows from a recipe alone, before any machine or model is looked at."""
+
+from pathlib import Path
+
+from recycle.disk import expand
+
+from .schema import Recipe
+
+
+def training_steps(recipe: Recipe) -> int:
+    """Optimiser steps that meet the token budget to within one; none for no budget."""
+    per_step = recipe.training.batch_size * recipe.data.block_size
+    return max(recipe.training.tokens // per_step, int(recipe.training.tokens > 0))
+
+
+def run_folder(recipe: Recipe) -> Path:
+    """Where a recipe's run lies."""
+    return expand(recipe.output.dir or Path("runs") / recipe.name)
+
+
+def next_free_folder(folder: Path) -> Path:
+    """The first of `folder`, `folder-2`, `folder-3`, … that does not exist."""
+    found, number = folder, 1
+    while found.exists():
+        number += 1
+        found = folder.with_name(f"{folder.name}-{number}")
+    return found
+
+
+def notes(recipe: Recipe) -> dict[str, str]:
+    """What becomes of values that a run changes or fills in, by dotted key."""
+    training, block = recipe.training, recipe.data.block_size
+    steps = training_steps(recipe)
+    tokens = steps * training.batch_size * block
+    found = {"output.dir": f"becomes {run_folder(recipe)}" if recipe.output.dir is None else ""}
+    if tokens != training.tokens:
+        found["training.tokens"] = (
+            f"becomes {tokens:,}: {steps:,} step{'s' * (steps != 1)} of {training.batch_size} "
+            f"block{'s' * (training.batch_size != 1)} of {block} tokens"
+        )
+    if recipe.backbone.dtype == "auto":
+        found["backbone.dtype"] = "becomes bfloat16 where this machine computes in it, else float32"
+    if recipe.launch.device == "auto":
+        found["launch.device"] = "becomes cuda where there is a GPU, else cpu"
+    return {key: note for key, note in found.items() if note}

@@ -1,0 +1,54 @@
+"""What of a record may be published: of a local path, its last part."""
+
+import re
+from pathlib import PurePath
+from typing import Any
+
+from recycle.results import Results
+
+# A path from the root, from home or from above: at the start of a word, or behind a quote, "=",
+# a bracket, a comma or a space in it. Not the one in https://HOST/PATH.
+_PATH = re.compile(
+    r"""(^|.*?["'=\[{(,\s])((?:file://|~[\w.-]*|\.{1,2})?/.*?)(["'\]})]*)""", re.DOTALL
+)
+# A word of a command line; quoted spaces are part of it.
+_WORD = re.compile(r"""(?:'[^']*'|"[^"]*"|\S)+""")
+
+
+def hide_folders(results: Results) -> Results:
+    """The same results with the last part only of every local path; `results.json` keeps them."""
+    backbone, data = results.backbone, results.data
+    local = {backbone.id} if backbone.source == "folder" else set()
+    if data.source in ("files", "jsonl") and data.path is not None:
+        local.add(data.path)
+    hidden = _hide(results.model_dump(include={"backbone", "data", "recipe"}), local)
+    command = results.command
+    for path in sorted(local, key=len, reverse=True):
+        command = command.replace(path, _last_part(path))
+    return results.model_copy(
+        update={
+            "command": _WORD.sub(lambda word: _shorten(word[0]), command),
+            "recipe": hidden["recipe"],
+            "backbone": backbone.model_copy(update=hidden["backbone"]),
+            "data": data.model_copy(update=hidden["data"]),
+        }
+    )
+
+
+def _hide(value: Any, local: set[str]) -> Any:
+    if isinstance(value, dict):
+        return {_hide(key, local): _hide(item, local) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_hide(item, local) for item in value]
+    if isinstance(value, str):
+        return _last_part(value) if value in local else _shorten(value)
+    return value
+
+
+def _shorten(word: str) -> str:
+    found = _PATH.fullmatch(word)
+    return word if found is None else f"{found[1]}{_last_part(found[2])}{found[3]}"
+
+
+def _last_part(path: str) -> str:
+    return PurePath(path).name or path

@@ -1,0 +1,81 @@
+"""The machine that a run uses: its device, what it computes in, and its description."""
+
+import os
+
+import torch
+
+from recycle import results
+from recycle.recipe import Backbone, Launch
+
+from .folder import RunError
+
+# What accelerate and torch take from the environment and that changes arithmetic or how the
+# training runs, behind the recipe's back. How many processes there are is a launcher's to say.
+SWITCHES = (
+    "ACCELERATE_MIXED_PRECISION",
+    "ACCELERATE_DOWNCAST_BF16",
+    "ACCELERATE_DYNAMO_BACKEND",
+    "ACCELERATE_USE_DEEPSPEED",
+    "ACCELERATE_USE_FSDP",
+    "ACCELERATE_USE_MEGATRON_LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG",
+    "ACCELERATE_USE_SAGEMAKER",
+    "NVIDIA_TF32_OVERRIDE",
+    "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE",
+)
+OFF = ("", "0", "no", "false")
+
+
+def check_environment() -> None:
+    """Refuse what the environment would switch on behind the recipe's back.
+
+    Raises:
+        RunError: Names the variables.
+    """
+    found = [name for name in SWITCHES if os.environ.get(name, "").lower() not in OFF]
+    if found:
+        settings = ", ".join(f"{name}={os.environ[name]}" for name in found)
+        raise RunError(
+            f"The environment sets {settings}, which would change the arithmetic of this run "
+            "without its recipe saying so. Unset it (`unset NAME`, or `mixed_precision: no` in the "
+            "configuration of accelerate), and set backbone.dtype in the recipe instead."
+        )
+
+
+def device_of(launch: Launch) -> str:
+    """The device that a run takes: "cpu" or "cuda".
+
+    Raises:
+        RunError: There is no GPU, or more than one.
+    """
+    check_environment()
+    if launch.device == "cuda" and not torch.cuda.is_available():
+        raise RunError("launch.device=cuda, but torch sees no CUDA device. Use launch.device=auto.")
+    device = launch.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and torch.cuda.device_count() > 1:
+        raise RunError(
+            f"A run trains on one GPU, and torch sees {torch.cuda.device_count()}. Choose one with "
+            "CUDA_VISIBLE_DEVICES=0."
+        )
+    return device
+
+
+def with_dtype(backbone: Backbone, device: str) -> Backbone:
+    """Settle dtype `auto`: a CPU that emulates bfloat16 is slower in it than in float32."""
+    if backbone.dtype != "auto":
+        return backbone
+    if device == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return backbone.model_copy(update={"dtype": "bfloat16" if native else "float32"})
+
+
+def describe(device: str) -> results.Hardware:
+    """The machine, for the record."""
+    if device == "cpu":
+        return results.hardware()
+    properties = torch.cuda.get_device_properties(0)
+    return results.hardware(properties.name, properties.total_memory / 2**30)

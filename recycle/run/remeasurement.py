@@ -1,0 +1,87 @@
+"""A finished run's adapters, measured again: on this machine, in another precision."""
+
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+
+from rich.console import Console
+
+from recycle import results
+from recycle.evaluate import measure
+from recycle.family import Family, attach, check_backbone, read_members
+from recycle.progress import display
+from recycle.recipe import identity
+from recycle.results import FirstMeasurement, Results, precision
+
+from .folder import Found, RunError
+from .machine import describe
+from .materials import load_materials
+from .plan import plan_run
+from .record import backbone_record, scored_documents
+
+
+def measure_again(found: Found, out: str | None, command: str, console: Console) -> Results:
+    """Measure a finished run's adapters again, on this machine and the same documents.
+
+    The record holds the run's own losses as well, and the difference to them is shown.
+
+    Args:
+        found: The finished run, with what is to be another way in its recipe.
+        out: Where to write the new results; None keeps them off the disk.
+        command: The command line, for the record.
+        console: Where progress and the tables go.
+
+    Raises:
+        RunError: The backbone or the data are not those of the run any more.
+    """
+    folder, before = found.folder, found.results
+    assert before is not None
+    plan = plan_run(found)
+    first = FirstMeasurement(
+        date=before.date,
+        dtype=before.backbone.dtype,
+        quantization=before.backbone.quantization,
+        losses={model.name: model.losses for model in before.models},
+    )
+    with display(console) as progress:
+        materials = load_materials(plan, progress)
+        members = read_members(folder, Family.read(folder))
+        location = plan.recipe.backbone.id
+        check_backbone(members[0].config, materials.source.fingerprint, str(folder), location)
+        if materials.splits.facts["sha256"] != before.data.facts["sha256"]:
+            raise RunError(
+                f"The data at {plan.recipe.data.path or plan.recipe.data.source} are not those of "
+                "the run any more (their SHA-256 differs), so its test documents cannot be "
+                "measured again."
+            )
+        model = attach(materials.model, members, folder)
+        started = time.perf_counter()
+        measured = backbone_record(plan.recipe, materials)
+        machine = describe(plan.device)
+        # Elsewhere, and in another precision, the training's speed says nothing.
+        comparable = machine == before.hardware and precision(measured) == precision(first)
+        speeds = {x.name: x.tokens_per_second for x in before.training if comparable}
+        documents = materials.splits.test
+        measurements = measure(model, documents, plan.recipe.evaluation, speeds, progress)
+    record = Results.model_validate(
+        dict(before)
+        | {
+            "date": datetime.now(UTC),
+            "command": command,
+            "recipe": plan.recipe.model_dump(mode="json"),
+            "recipe_identity": identity(plan.recipe),
+            "packages": results.packages(),
+            "hardware": machine,
+            "backbone": measured,
+            "models": results.compare(scored_documents(documents), measurements),
+            "wall_seconds": before.wall_seconds.model_copy(
+                update={"announced": None, "evaluation": time.perf_counter() - started}
+            ),
+            "first": first,
+        }
+    )
+    if out is not None:
+        results.write(record, Path(out))
+    console.print(results.rich_table(record))
+    console.print(results.rich_first_table(record))
+    return record
