@@ -63,8 +63,9 @@ def test_a_model_and_a_data_set(hub: Hub, tmp_path: Path) -> None:
     assert record.backbone.revision == commits["models"]
     assert record.data.facts["revision"] == commits["datasets"]
     assert "base_model: tiny/model" in (folder / "README.md").read_text()
-    family = json.loads((folder / "family.json").read_text())
-    assert (family["backbone"], family["revision"]) == ("tiny/model", commits["models"])
+    adapter = json.loads((folder / "control" / "adapter_config.json").read_text())
+    assert adapter["base_model_name_or_path"] == "tiny/model"
+    assert adapter["revision"] == commits["models"]
 
     saved = (folder / "recipe.yaml").read_text()
     assert all(f"revision: {commit}" in saved for commit in commits.values())
