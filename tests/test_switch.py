@@ -178,7 +178,8 @@ def test_an_emptied_cache_serves_another_p(model_type, kind):
         with pytest.raises(CacheError, match="The cache was filled with P ="):
             logits(model, IDS[:, :1], past_key_values=cache)
         cache.reset()
-        if int(cache.get_seq_length()):  # dynamic caches of older transformers keep their length
+        lengths = [getattr(layer, "get_seq_length", int)() for layer in cache.layers]
+        if any(int(length) for length in lengths):  # older transformers empties only some layers
             return
 
 
