@@ -4,10 +4,13 @@ import copy
 import io
 import statistics
 import time
+from functools import partial
 
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from torch import nn
+from transformers import StaticCache
 
 from recycle.family import FamilyError, available_p, get_p, set_p
 from recycle.parscale import CacheError, streams_of
@@ -163,7 +166,7 @@ def test_a_static_cache_that_is_allocated_first(model_type, p):
 @pytest.mark.parametrize("model_type", ["qwen2", "gemma2", "lfm2", "qwen3_next"])
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
 def test_an_emptied_cache_serves_another_p(model_type, kind):
-    from transformers import DynamicCache, StaticCache
+    from transformers import DynamicCache
 
     layers = ["linear_attention", "full_attention"]
     sizes = {"layer_types": layers} if model_type == "qwen3_next" else {}
@@ -194,3 +197,53 @@ def test_a_cropped_cache_serves_another_p():
         torch.testing.assert_close(found, logits(model, IDS))
         cache.crop(-IDS.shape[1])
         assert cache.get_seq_length() == 0
+
+
+class Wrapper(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.v_head = nn.Linear(2, 2)
+        self.inner = inner
+
+
+@pytest.mark.parametrize(
+    "wrap", [Wrapper, nn.DataParallel, partial(torch.compile, backend="eager")]
+)
+@pytest.mark.parametrize("model_type", ["qwen2", "modernbert-decoder"])
+def test_a_wrapped_model_is_one_and_the_same(wrap, model_type):
+    """PEFT activates what it noted whenever an adapter is added, so its note must follow."""
+    model = stream_model(model_type, p_values=(2,), adapter_name="p2")
+    model.add_adapter("p4", stream_config((4,)))
+    wrapped = wrap(model)
+    set_p(wrapped, 4)
+    assert model.active_adapter == model.base_model.active_adapter == "p4"
+    model.add_adapter("p8", stream_config((8,)))
+    assert get_p(wrapped) == get_p(model) == 4
+
+
+@torch.no_grad()
+def test_a_compiled_pass_never_drops_what_another_model_wrote():
+    bare, model, ids = tiny_model(), stream_model(), token_ids(2, 9)
+    compiled = torch.compile(model, backend="eager")
+    for filled in (True, False):
+        torch._dynamo.reset()
+        cache = StaticCache(config=bare.config, max_cache_len=20)
+        if filled:
+            bare(ids, past_key_values=cache)
+            before = cache.layers[0].keys.clone()
+            with pytest.raises(CacheError, match="filled with P = 1, but P = 4 is in use"):
+                compiled(ids[:, :2], past_key_values=cache)
+            assert torch.equal(cache.layers[0].keys, before)
+        else:  # allocated before its first use
+            cache.early_initialization(2, 2, 16, torch.float32, torch.device("cpu"))
+            actual = compiled(ids, past_key_values=cache).logits
+            torch.testing.assert_close(actual, model(ids).logits, atol=1e-4, rtol=0)
+
+
+def test_unloading_gives_the_checkpoint_functions_back():
+    model = stream_model().train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    given = model.get_decoder()._gradient_checkpointing_func
+    model(token_ids(2, 9), labels=token_ids(2, 9), use_cache=False).loss.backward()
+    assert model.get_decoder()._gradient_checkpointing_func is not given
+    assert model.unload().get_decoder()._gradient_checkpointing_func is given

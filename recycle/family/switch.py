@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 from peft import PeftModel
 from torch import nn
+from transformers import PreTrainedModel
 
 from recycle.parscale import ActiveStreams, choose_streams, streams_of
 from recycle.parscale.active import Selection
@@ -70,11 +71,13 @@ def use_p(model: nn.Module, p: int) -> Iterator[None]:
 
 
 def _peft_model(model: nn.Module) -> PeftModel | None:
-    """The PEFT model, also inside `torch.compile` or torch's data parallelism; None if bare."""
-    inner: nn.Module | None = model
-    while inner is not None and not isinstance(inner, PeftModel):
-        inner = inner._modules.get("_orig_mod") or inner._modules.get("module")
-    return inner
+    """The PEFT model around the causal LM, also inside any other wrapper; None if bare."""
+    for module in model.modules():  # wrappers first
+        if isinstance(module, PeftModel):
+            return module
+        if isinstance(module, PreTrainedModel):
+            break
+    return None
 
 
 def _offered(selection: Selection) -> list[int]:

@@ -156,13 +156,17 @@ def claim_cache(cache: Cache, active: ActiveStreams | None) -> None:
 
 def _is_filled(cache: Cache) -> bool:
     layers = getattr(cache, "layers", ())
-    if torch.compiler.is_compiling():  # where the length of a static layer cannot be looked at
-        allocated = any(getattr(layer, "keys", None) is not None for layer in layers)
-        return allocated and hasattr(cache, "num_streams")
+    if any(any(getattr(layer, "has_previous_state", {}).values()) for layer in layers):
+        return True
+    allocated = any(getattr(layer, "keys", None) is not None for layer in layers)
+    return allocated and _holds_tokens(cache)
+
+
+@torch.compiler.disable  # the length of a static layer is a tensor, which a graph cannot look at
+def _holds_tokens(cache: Cache) -> bool:
     return any(
-        (getattr(layer, "keys", None) is not None and int(layer.get_seq_length()) > 0)
-        or any(getattr(layer, "has_previous_state", {}).values())
-        for layer in layers
+        getattr(layer, "keys", None) is not None and int(layer.get_seq_length()) > 0
+        for layer in cache.layers
     )
 
 

@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -15,12 +14,17 @@ def find_decoder(model: nn.Module) -> PreTrainedModel:
     """The decoder of a causal LM, the part before its output head.
 
     Args:
-        model: A causal LM of transformers, also inside a PEFT model or `torch.compile`.
+        model: A causal LM of transformers, also inside a PEFT model or any other wrapper.
 
     Raises:
         UnsupportedModelError: There is none, as a module of its own.
     """
-    causal_lm: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    # Wrappers come before what they wrap, so this looks at few modules.
+    causal_lm: Any = next((m for m in model.modules() if isinstance(m, PreTrainedModel)), None)
+    if causal_lm is None:
+        raise UnsupportedModelError(
+            f"Streams enter a causal LM of transformers, and {type(model).__name__} holds none."
+        )
     decoder = causal_lm.get_decoder()
     if not isinstance(decoder, PreTrainedModel):  # a head of that name
         decoder = causal_lm

@@ -51,3 +51,11 @@ def carry_streams(modules: Iterable[nn.Module]) -> None:
         checkpoint = module.__dict__.get(FUNCTION)
         if checkpoint is not None and not isinstance(checkpoint, _CheckpointWithStreams):
             module.__dict__[FUNCTION] = _CheckpointWithStreams(checkpoint)
+
+
+def carry_no_streams(modules: Iterable[nn.Module]) -> None:
+    """Give these modules back what transformers gave them."""
+    for module in modules:
+        checkpoint = module.__dict__.get(FUNCTION)
+        if isinstance(checkpoint, _CheckpointWithStreams):
+            module.__dict__[FUNCTION] = checkpoint.checkpoint

@@ -23,7 +23,7 @@ from .decoder import find_decoder
 from .errors import ParScaleError
 from .layer import StreamLayer
 from .packing import is_packed, keeps_sequences_apart
-from .recomputation import carry_streams, checkpointable_modules, is_checkpointed
+from .recomputation import carry_no_streams, carry_streams, checkpointable_modules, is_checkpointed
 
 SUPPORTED_ATTENTION = ("sdpa", "eager")
 
@@ -79,6 +79,7 @@ class DecoderStreams(nn.Module, StreamLayer):
         """Take the hooks off the decoder."""
         for hook in self._hooks:
             hook.remove()
+        carry_no_streams(self._checkpointable)
 
     # ---- before the decoder
 
@@ -235,10 +236,7 @@ def streams_of(model: nn.Module) -> DecoderStreams:
     """
     if isinstance(model, DecoderStreams):
         return model
-    if hasattr(model, "get_decoder"):
-        layer = find_decoder(model)._modules.get(DecoderStreams.child_name)
-    else:  # a wrapper of another library
-        layer = next((x for x in model.modules() if isinstance(x, DecoderStreams)), None)
+    layer = find_decoder(model)._modules.get(DecoderStreams.child_name)
     if not isinstance(layer, DecoderStreams):
         raise ParScaleError(
             f"{type(model).__name__} has no ParScale adapter. Load one with recycle.load(folder), "
