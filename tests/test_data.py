@@ -5,6 +5,7 @@ import json
 import os
 import random
 import types
+import zlib
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -851,5 +852,69 @@ def test_progress_is_told(folder: Path, tokenizer: Any) -> None:
         num_starts=4,
         progress=told,
     )
-    assert told.name == "reading the data, tokens for training"
+    assert told.name == "reading the data"
     assert told.done >= 20 * BLOCK
+
+
+@pytest.mark.parametrize("name", ["a_link", "z_link"])
+def test_a_link_neither_renames_nor_moves_real_files(tmp_path: Path, name: str) -> None:
+    inside = write_folder(tmp_path / "in", groups=3)
+    before = files.matching(config(path=str(inside)), Counter())[1]
+    (inside / name).symlink_to(inside / "g01")
+    (inside / f"{name}.txt").symlink_to(inside / "g02" / "f0.txt")
+    for path in (inside, inside / "**" / "*.txt"):
+        skipped = Counter[str]()
+        assert files.matching(config(path=str(path)), skipped)[1] == before
+        assert skipped == {"folder that was read already": 1, "file that was read already": 1}
+
+
+def test_a_glob_does_not_go_round_in_links(tmp_path: Path) -> None:
+    """Python's own `**` would follow six links through one another, forty levels deep."""
+    inside = write_folder(tmp_path / "in", groups=3)
+    for number in range(6):
+        (inside / f"loop{number}").symlink_to(inside)
+    skipped = Counter[str]()
+    _, found = files.matching(config(path=str(inside / "**" / "*.txt")), skipped)
+    assert len(found) == 6
+    assert skipped == {"folder that was read already": 6}
+
+
+def test_folders_of_compiled_code_are_counted(tmp_path: Path) -> None:
+    inside = write_folder(tmp_path / "in", groups=3)
+    (inside / "__pycache__").mkdir()
+    skipped = Counter[str]()
+    files.matching(config(path=str(inside)), skipped)
+    assert skipped == {"folder named __pycache__": 1}
+
+
+def test_a_bug_is_no_damaged_file(
+    tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any, **__: Any) -> None:
+        raise ValueError("a bug of ours")
+
+    monkeypatch.setattr(rows, "_row_text", broken)
+    path = write_jsonl(tmp_path / "a.jsonl", repository_rows())
+    with pytest.raises(ValueError, match="a bug of ours") as caught:
+        read(config(source="jsonl", path=str(path)), tokenizer)
+    assert not isinstance(caught.value, DataError)
+
+
+@pytest.mark.parametrize("error", [zlib.error("Error -3"), EOFError("cut"), ValueError("Arrow")])
+def test_a_damaged_file_on_the_hub_is_one_message(
+    hub: FakeHub, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def damaged() -> Any:
+        raise error
+        yield
+
+    streamed = types.SimpleNamespace(shuffle=lambda **_: damaged())
+    monkeypatch.setattr(rows.datasets, "load_dataset", lambda *_, **__: streamed)
+    with pytest.raises(DataError, match=f"from the Hub: {error}"):
+        read(config(source="hub", path="some/set"), tokenizer)
+
+
+def test_missing_start_texts_alone_ask_for_no_smaller_data(folder: Path, tokenizer: Any) -> None:
+    with pytest.raises(DataError, match=r"Set method\.init=random or a smaller") as caught:
+        read(config(path=str(folder)), tokenizer, length=3000)
+    assert "Smaller settings" not in str(caught.value)

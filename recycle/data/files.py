@@ -6,7 +6,7 @@ import platform
 import random
 import sysconfig
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from functools import cache
 from itertools import takewhile
 from pathlib import Path
@@ -121,12 +121,15 @@ def matching(data: Data, skipped: Counter[str]) -> tuple[Path, list[Path]]:
     else:
         root = Path(*takewhile(lambda part: not glob.has_magic(part), path.parts))
         runs = cache(holds_run)
-        matches = _in_folders_once(map(Path, glob.glob(str(path), recursive=True)))
-        in_runs = [match for match in matches if any(map(runs, match.parents))]
-        others = [match for match in matches if match not in set(in_runs)]
-        no_files = [match for match in others if not match.is_file() and not match.is_dir()]
-        skipped += Counter({"in a run folder": len(in_runs), "no file": len(no_files)})
-        files = _once([match for match in others if match.is_file()], skipped)
+        files = []
+        for match in _matches(path, skipped):
+            if any(map(runs, match.parents)):
+                skipped["in a run folder"] += 1
+            elif os.path.isfile(match):
+                files.append(match)
+            elif not os.path.isdir(match):
+                skipped["no file"] += 1
+        files = _once(files, skipped)
     if not files:
         takes = {"files": "a folder, a file or a glob", "jsonl": "a file or a glob"}[data.source]
         found = "holds no file" if path.is_dir() else "matches no file"
@@ -140,53 +143,75 @@ def matching(data: Data, skipped: Counter[str]) -> tuple[Path, list[Path]]:
 
 
 def _walk(folder: Path, skip: set[str], skipped: Counter[str]) -> list[Path]:
-    """Files under `folder` in sorted order, through links; no folder is entered twice."""
-    files: list[Path] = []
-    entered = {folder.resolve()}
+    """Files under `folder` in sorted order; nothing hidden, no folder named in `skip`, no run."""
+    files = []
+    for parent, names in _folders(folder, skip, skipped):
+        for name in names:
+            if name[0] == ".":
+                skipped["hidden"] += 1
+            elif os.path.isfile(parent / name):
+                files.append(parent / name)
+            else:
+                skipped["no file"] += 1  # a link to nothing, a socket, no right to look
+    return _once(files, skipped)
+
+
+def _matches(pattern: Path, skipped: Counter[str]) -> list[Path]:
+    """What a glob matches; its `**` enters no folder twice, where Python's goes round in links."""
+    if "**" not in pattern.parts:
+        return [Path(match) for match in glob.glob(str(pattern))]
+    at = pattern.parts.index("**")
+    below = pattern.parts[at + 1 :] or ("*",)
+    found = []
+    for top in glob.glob(str(Path(*pattern.parts[:at]))):
+        for folder, _ in _folders(Path(top), set(), skipped):
+            found += _matches(Path(glob.escape(str(folder)), *below), skipped)
+    return found
+
+
+def _folders(top: Path, skip: set[str], skipped: Counter[str]) -> Iterator[tuple[Path, list[str]]]:
+    """Each folder under `top` once, with the names of its files.
+
+    Links wait until every real folder was seen: a link beside a folder must not rename its files,
+    nor move them to another group.
+    """
 
     def unreadable(error: OSError) -> None:
         skipped["unreadable folder"] += 1
 
-    for parent, folders, names in os.walk(folder, followlinks=True, onerror=unreadable):
-        kept = []
-        for name in sorted(folders):
-            child = Path(parent, name)
-            if name in skip:
-                continue
-            if name[0] == ".":
-                skipped["hidden"] += 1
-            elif holds_run(child):
-                skipped["in a run folder"] += 1
-            elif child.resolve() in entered:
+    entered: set[Path] = set()
+    waiting = [top]
+    for start in waiting:  # grows on the way
+        for parent, folders, names in os.walk(start, onerror=unreadable):
+            here = Path(parent)
+            if here.resolve() in entered:
                 skipped["folder that was read already"] += 1
-            else:
-                entered.add(child.resolve())
-                kept.append(name)
-        folders[:] = kept
-        for name in names:
-            file = Path(parent, name)
-            if name[0] == ".":
-                skipped["hidden"] += 1
-            elif file.is_file():
-                files.append(file)
-            else:
-                skipped["no file"] += 1  # a link to nothing, a socket
-    return _once(sorted(files), skipped)
+                folders.clear()
+                continue
+            entered.add(here.resolve())
+            yield here, names
+            folders[:] = sorted(name for name in folders if _enter(here / name, skip, skipped))
+            waiting += [here / name for name in folders if (here / name).is_symlink()]
 
 
-def _in_folders_once(matches: Iterable[Path]) -> list[Path]:
-    """What a glob found, each folder under the shortest of its paths: links may go round."""
-    shortest: dict[Path, Path] = {}
-    found = sorted(matches, key=lambda match: (len(match.parts), match))
-    for folder in {match.parent: None for match in found}:
-        shortest.setdefault(folder.resolve(), folder)
-    kept = {folder for folder in shortest.values() if folder.is_dir()}
-    return [match for match in found if match.parent in kept]
+def _enter(folder: Path, skip: set[str], skipped: Counter[str]) -> bool:
+    """Whether a walk goes into this folder; counts why not."""
+    reason = None
+    if folder.name in skip:
+        reason = f"folder named {folder.name}"
+    elif folder.name[0] == ".":
+        reason = "hidden"
+    elif holds_run(folder):
+        reason = "in a run folder"
+    if reason:
+        skipped[reason] += 1
+    return not reason
 
 
 def _once(files: list[Path], skipped: Counter[str]) -> list[Path]:
-    """Each file once, under the first of its paths."""
-    found = {file.resolve(): file for file in reversed(files)}
-    if len(found) < len(files):
-        skipped["file that was read already"] += len(files) - len(found)
+    """Each file once in sorted order, under its own name rather than a link's."""
+    found: dict[Path, Path] = {}
+    for file in sorted(files, key=lambda file: (file.is_symlink(), file)):
+        if found.setdefault(file.resolve(), file) != file:
+            skipped["file that was read already"] += 1
     return sorted(found.values())

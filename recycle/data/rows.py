@@ -19,7 +19,7 @@ from .files import matching
 from .text import DataError, Text, sha256
 
 HUB_TIMEOUT = 30.0  # seconds
-# JSON and UTF-8; the disk; gzip
+# JSON, UTF-8 and Arrow (ValueErrors); the disk; gzip
 UNREADABLE = (ValueError, RecursionError, OSError, EOFError, zlib.error)
 UNREACHABLE = (HTTPError, OSError, datasets.exceptions.DatasetsError)
 SHUFFLE_BUFFER = 4096  # documents held in memory to shuffle a stream
@@ -36,20 +36,24 @@ def read_jsonl(data: Data, facts: dict[str, Any], skipped: Counter[str]) -> Iter
 def _json_lines(files: list[Path], root: Path, data: Data, skipped: Counter[str]) -> Iterator[Text]:
     for file in files:
         name = file.relative_to(root).as_posix()
-        number = 0
-        try:
-            with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as lines:
-                for number, line in enumerate(lines, start=1):
-                    if line.strip():
-                        where = f"{name}:{number}"
-                        yield from _row_text(json.loads(line), data, where, where, skipped)
-        except DataError:
-            raise
-        except UNREADABLE as error:
-            raise DataError(
-                f"data.source=jsonl takes one JSON object in UTF-8 on each line; {file}, line "
-                f"{number or 1}: {error}. Repair the file, or leave it out of data.path."
-            ) from None
+        for number, row in _parsed(file):
+            where = f"{name}:{number}"
+            yield from _row_text(row, data, where, where, skipped)
+
+
+def _parsed(file: Path) -> Iterator[tuple[int, Any]]:
+    """The values of a file with their line numbers; damage of any kind is one DataError."""
+    number = 0
+    try:
+        with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as lines:
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    yield number, json.loads(line)
+    except UNREADABLE as error:
+        raise DataError(
+            f"data.source=jsonl takes one JSON object in UTF-8 on each line; {file}, line "
+            f"{number or 1}: {error}. Repair the file, or leave it out of data.path."
+        ) from None
 
 
 def _buffer_shuffled(texts: Iterable[Text], seed: int) -> Iterator[Text]:
@@ -93,7 +97,7 @@ def _hub_rows(data: Data, facts: dict[str, Any]) -> Iterator[dict[str, Any]]:
         raise _unreadable(data, error) from None
     try:
         yield from rows.shuffle(seed=data.seed, buffer_size=SHUFFLE_BUFFER)
-    except UNREACHABLE as error:
+    except (*UNREACHABLE, *UNREADABLE) as error:  # a damaged file of the data set
         raise _unreadable(data, error) from None
 
 

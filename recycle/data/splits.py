@@ -71,11 +71,14 @@ class Splits:
 class _Shortage(DataError):
     """The source holds too little for what was asked of it."""
 
-    def __init__(self, message: str, documents: int, train_tokens: int, evaluation: bool) -> None:
+    def __init__(
+        self, message: str, documents: int, train_tokens: int, evaluation: bool, only_starts: bool
+    ) -> None:
         super().__init__(message)
         self.documents = documents
         self.train_tokens = train_tokens  # that are there
         self.evaluation = evaluation  # documents are missing for evaluation, or start texts
+        self.only_starts = only_starts
 
 
 def prepare(
@@ -106,16 +109,17 @@ def prepare(
             "none. Set `eos_token` in the backbone's tokenizer_config.json."
         )
 
-    def split(asked: Data, blocks: int) -> Splits:
-        return _split(
-            asked, tokenizer, blocks, num_virtual_tokens, num_starts, progress or Silent()
-        )
+    def split(asked: Data, blocks: int, shown: Silent | None = None) -> Splits:
+        shown = shown or Silent()  # trials show nothing
+        return _split(asked, tokenizer, blocks, num_virtual_tokens, num_starts, shown)
 
     try:
-        return split(data, train_blocks)
+        return split(data, train_blocks, progress)
     except _Shortage as shortage:
         advice = "Give more data."
-        if data.source != "hub" and shortage.documents <= SMALL:
+        if shortage.only_starts:
+            advice = "Set method.init=random or a smaller method.num_virtual_tokens."
+        elif data.source != "hub" and shortage.documents <= SMALL:
             advice = _what_would_do(split, data, train_blocks)
         raise DataError(f"{shortage} {advice}") from None
 
@@ -173,14 +177,14 @@ def _split(
     split_of: dict[str, EvaluationSplit | TrainingSplit] = {}
 
     texts = _distinct(_SOURCES[data.source](data, facts, skipped), skipped)
-    progress.start("reading the data, tokens for training", train.pool)
+    progress.start("reading the data", train.pool)
     for text, ids in _tokenised(texts, tokenizer, eos):
         if text.group not in split_of:
             split_of[text.group] = next((s for s in (test, validation) if not s.full), train)
             split_of[text.group].groups += 1
         before = len(train.packed)
         split_of[text.group].add(text, ids)
-        progress.advance(len(train.packed) - before)
+        progress.advance(min(len(train.packed), train.pool) - min(before, train.pool))
         if train.full and test.full and validation.full:
             break
 
@@ -197,6 +201,7 @@ def _split(
             test.documents + validation.documents + train.documents,
             len(train.packed),
             bool(test.shortage() or validation.shortage() or len(starts) < num_starts),
+            len(missing) == 1 and len(starts) < num_starts,
         )
 
     whole = len(train.packed) // data.block_size
