@@ -20,8 +20,8 @@ from recycle.backbone.fingerprint import fingerprint_model
 from recycle.errors import RecycleError
 from recycle.family import FamilyError
 from recycle.family.adapters import member_state, save_family
+from recycle.upstream import CheckpointError, export_checkpoint, import_checkpoint
 from recycle.upstream import exporter as export
-from recycle.upstream.importer import CheckpointError, export_checkpoint, import_checkpoint
 from recycle.upstream.qwen2 import upstream_config
 from recycle.upstream.tensors import write_tensors
 from tests.adapters import logits, scramble, stream_config, stream_model, token_ids
@@ -443,7 +443,7 @@ PEAK = """
 import re, sys
 from pathlib import Path
 import recycle.parscale
-from recycle.upstream.importer import export_checkpoint, import_checkpoint
+from recycle.upstream import export_checkpoint, import_checkpoint
 
 def kilobytes(field):
     return int(re.search(rf"{field}:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
@@ -542,7 +542,7 @@ def test_from_the_hub_and_back(tiny_folder, tmp_path):
     shutil.copytree(GOLDEN / "qwen2-p2", tmp_path / "hub" / "models" / "tiny" / "golden")
     script = """
 import sys
-from recycle.upstream.importer import export_checkpoint, import_checkpoint
+from recycle.upstream import export_checkpoint, import_checkpoint
 run, out, golden, here = sys.argv[1:]
 export_checkpoint(run, out, p=2, backbone="tiny/model")
 export_checkpoint(import_checkpoint("tiny/golden", here), golden)

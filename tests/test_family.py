@@ -440,7 +440,7 @@ def test_what_is_no_family_is_refused(tmp_path, backbone):
         FamilyError, match=r"holds neither family\.json .* nor adapter_config\.json"
     ):
         load(tmp_path)
-    with pytest.raises(FamilyError, match="'no/such-run' is no folder here"):
+    with pytest.raises(FamilyError, match=r"cannot reach the Hub.* 'no/such-run'"):
         load("no/such-run")
     with pytest.raises(FamilyError, match="is no folder here"):
         load(tmp_path / "no" / "such" / "folder")
@@ -473,15 +473,16 @@ def test_the_public_names_are_the_same(nested):
 def test_every_file_of_a_tokenizer_is_fetched_and_nothing_that_runs(monkeypatch, tmp_path):
     from fnmatch import fnmatch
 
+    from recycle.backbone import source
     from recycle.family import folder
 
     asked = {}
 
-    def snapshot_download(source, allow_patterns, **options):
+    def snapshot_download(repo, allow_patterns, **options):
         asked["patterns"] = allow_patterns
         return str(tmp_path)
 
-    monkeypatch.setattr(folder, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(source, "snapshot_download", snapshot_download)
     folder.find_folder("someone/run", None)
 
     def fetched(name):
@@ -490,7 +491,8 @@ def test_every_file_of_a_tokenizer_is_fetched_and_nothing_that_runs(monkeypatch,
     needed = """family.json p2/adapter_config.json p2/adapter_model.safetensors tokenizer.json
     tokenizer_config.json chat_template.jinja chat_template.json vocab.json vocab.txt merges.txt
     special_tokens_map.json added_tokens.json tokenizer.model spiece.model sentencepiece.bpe.model
-    additional_chat_templates/tool_use.jinja qwen.tiktoken"""
+    additional_chat_templates/tool_use.jinja qwen.tiktoken source.spm tekken.json vocab.bpe
+    bpe.codes emoji.json tokenizer.model.v3"""
     assert [name for name in needed.split() if not fetched(name)] == []
-    refused = "modeling.py tokenization_x.py pytorch_model.bin optimizer.pt model.pkl run.sh"
+    refused = "modeling.py chat_template.py pytorch_model.bin optimizer.pt model.pkl run.sh"
     assert [name for name in refused.split() if fetched(name)] == []

@@ -10,8 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from recycle.backbone import BackboneError
 from recycle.backbone.fingerprint import SLICE_BYTES, Fingerprint, differences, fingerprint_model
-from recycle.backbone.source import INDEX, SINGLE, SourceError
+from recycle.backbone.source import INDEX, SINGLE
 from tests.tiny import save_tiny, tiny_model
 
 
@@ -107,7 +108,7 @@ def test_shards_are_read_through_their_index(tiny_folder: Path, folder: Path) ->
 
     missing = sorted(folder.glob("model-*.safetensors"))[1]
     missing.unlink()
-    with pytest.raises(SourceError, match=f"{INDEX} names '{missing.name}', which is missing"):
+    with pytest.raises(BackboneError, match=f"{INDEX} names '{missing.name}', which is missing"):
         fingerprint_model(folder)
 
 
@@ -138,50 +139,52 @@ def test_truncated_files_are_named(folder: Path) -> None:
     whole = path.read_bytes()
     for length in (len(whole) - 1, 100, 4, 0):
         path.write_bytes(whole[:length])
-        with pytest.raises(SourceError, match=r"model\.safetensors is damaged: it"):
+        with pytest.raises(BackboneError, match=r"model\.safetensors is damaged: it"):
             fingerprint_model(folder)
 
 
 @pytest.mark.parametrize("header", [b"[]", b"null", b'{"x": {"shape": [1]}}', b'{"x": 3}'])
 def test_headers_of_another_kind_are_named(folder: Path, header: bytes) -> None:
     (folder / SINGLE).write_bytes(len(header).to_bytes(8, "little") + header)
-    with pytest.raises(SourceError, match=r"model\.safetensors is damaged: it"):
+    with pytest.raises(BackboneError, match=r"model\.safetensors is damaged: it"):
         fingerprint_model(folder)
 
 
 def test_an_adapter_beside_the_model_is_refused(folder: Path) -> None:
     """Transformers would apply it, and the fingerprint would not see it."""
     (folder / "adapter_config.json").write_text("{}")
-    with pytest.raises(SourceError, match=r"holds a PEFT adapter .* beside the model"):
+    with pytest.raises(BackboneError, match=r"holds a PEFT adapter .* beside the model"):
         fingerprint_model(folder)
 
 
 def test_torn_json_is_named(folder: Path) -> None:
     (folder / "config.json").write_text('{"model_type": "qwen2"')
-    with pytest.raises(SourceError, match=r"config\.json is not valid JSON"):
+    with pytest.raises(BackboneError, match=r"config\.json is not valid JSON"):
         fingerprint_model(folder)
 
 
 def test_pickled_weights_are_refused(folder: Path) -> None:
     (folder / SINGLE).rename(folder / "pytorch_model.bin")
-    with pytest.raises(SourceError, match=r"must be safetensors .* only pickled weights \(\.bin\)"):
+    with pytest.raises(BackboneError, match=r"must be safetensors .* pickled weights \(\.bin\)"):
         fingerprint_model(folder)
 
 
 def test_what_is_no_model_folder(tmp_path: Path, folder: Path) -> None:
-    with pytest.raises(SourceError, match=r"no such folder: '.*/nowhere'"):
+    with pytest.raises(BackboneError, match=r"no such folder: '.*/nowhere'"):
         fingerprint_model(tmp_path / "nowhere")
-    with pytest.raises(SourceError, match=r"no such folder: '\./nowhere'"):
+    with pytest.raises(BackboneError, match=r"no such folder: '\./nowhere'"):
         fingerprint_model("./nowhere")
     (tmp_path / "adapter_config.json").write_text("{}")
-    with pytest.raises(SourceError, match=r"has no config\.json.*holds a PEFT adapter"):
+    with pytest.raises(BackboneError, match=r"has no config\.json.*holds a PEFT adapter"):
         fingerprint_model(tmp_path)
-    with pytest.raises(SourceError, match="revision belongs to a Hub id"):
+    with pytest.raises(BackboneError, match="revision belongs to a Hub id"):
         fingerprint_model(folder, revision="main")
-    with pytest.raises(SourceError, match="neither a folder nor a Hub id: 'a b'"):
+    with pytest.raises(BackboneError, match="neither a folder nor a Hub id: 'a b'"):
         fingerprint_model("a b")
 
 
 def test_offline_and_not_in_the_cache() -> None:
-    with pytest.raises(SourceError, match=r"cannot reach the Hub.*'config.json' of model 'tiny/x'"):
+    with pytest.raises(
+        BackboneError, match=r"cannot reach the Hub.*config.json' of model 'tiny/x'"
+    ):
         fingerprint_model("tiny/x")

@@ -10,8 +10,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import recycle
+from recycle.backbone import BackboneError
+from recycle.errors import RecycleError
 from recycle.family import available_p, load
-from recycle.upstream.importer import CheckpointError, import_checkpoint
+from recycle.upstream import CheckpointError, import_checkpoint
 from tests.adapters import logits, token_ids
 from tests.tiny import save_tiny
 
@@ -412,7 +414,7 @@ def test_a_wrong_checkpoint_is_refused_and_leaves_nothing_behind(checkpoint, tmp
     change, message = REFUSED[kind]
     change(checkpoint)
     for options in ({}, {"backbone_out": tmp_path / "backbone"}):
-        with pytest.raises(CheckpointError, match=message):
+        with pytest.raises(RecycleError, match=message):
             import_checkpoint(checkpoint, tmp_path / "adapter", **options)
         assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
 
@@ -429,8 +431,8 @@ def test_nothing_is_overwritten(tmp_path):
 
 
 def test_what_is_nowhere_is_refused(tmp_path):
-    with pytest.raises(CheckpointError, match="'no/such-model' is no folder here"):
+    with pytest.raises(BackboneError, match=r"does not hold .* 'no/such-model'.* name a folder"):
         import_checkpoint("no/such-model", tmp_path / "adapter")
-    with pytest.raises(CheckpointError, match="no such folder"):
+    with pytest.raises(BackboneError, match="no such folder"):
         import_checkpoint(P2, tmp_path / "adapter", backbone=str(tmp_path / "none"))
     assert list(tmp_path.iterdir()) == []

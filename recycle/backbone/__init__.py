@@ -2,12 +2,3 @@
 
 from .errors import BackboneError
 from .loading import BackboneConfig, Source, load_backbone, load_tokenizer, resolve_source
-
-__all__ = [
-    "BackboneConfig",
-    "BackboneError",
-    "Source",
-    "load_backbone",
-    "load_tokenizer",
-    "resolve_source",
-]

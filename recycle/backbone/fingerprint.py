@@ -83,7 +83,7 @@ def fingerprint_model(
         access: how the Hub is reached.
 
     Raises:
-        SourceError: no such folder or model, no access to it, or files that are missing or damaged.
+        BackboneError: no such model, no access to it, or files that are missing or damaged.
     """
     return fingerprint_files(source_files(source, revision, access))
 

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
-from .source import SourceError
+from .errors import BackboneError
 
 
 class Entry(NamedTuple):
@@ -20,7 +20,7 @@ def read_header(file: Path) -> dict[str, Entry]:
     """The tensors of a safetensors file by name.
 
     Raises:
-        SourceError: The file is damaged; says in which tensor where that can be said.
+        BackboneError: The file is damaged; says in which tensor where that can be said.
     """
     size = file.stat().st_size
     with file.open("rb") as stream:
@@ -48,5 +48,5 @@ def read_header(file: Path) -> dict[str, Entry]:
     return found
 
 
-def damaged(file: Path, reason: str) -> SourceError:
-    return SourceError(f"{file} is damaged: {reason}. Fetch it again.")
+def damaged(file: Path, reason: str) -> BackboneError:
+    return BackboneError(f"{file} is damaged: {reason}. Fetch it again.")

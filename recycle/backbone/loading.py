@@ -29,10 +29,10 @@ from .quantization import (
     stored_quantization,
 )
 from .source import (
-    SourceError,
     SourceFiles,
     looks_like_path,
     read_config,
+    refuse_revision,
     source_files,
 )
 
@@ -78,15 +78,12 @@ def load_backbone(
         BackboneError: the source or its tokenizer is missing, damaged, out of reach, of a kind that
             cannot be used, or the quantisation has no library or no support on this device.
     """
-    try:
-        files = source_files(resolve_source(backbone.id, backbone.revision), backbone.revision)
-        config = read_config(files)
-        _check_architecture(files.id, config)
-        stored = stored_quantization(config)
-        quantization = settle_quantization(files.id, stored, backbone.quantization)
-        fingerprint = fingerprint_files(files)
-    except SourceError as error:
-        raise BackboneError(str(error)) from None
+    files = source_files(resolve_source(backbone.id, backbone.revision), backbone.revision)
+    config = read_config(files)
+    _check_architecture(files.id, config)
+    stored = stored_quantization(config)
+    quantization = settle_quantization(files.id, stored, backbone.quantization)
+    fingerprint = fingerprint_files(files)
     source = Source(files.id, files.revision, fingerprint, quantization, _read_notes(files))
     # Pinned to one commit and, where the Hub is out of reach, not asking it file by file.
     tokenizer = load_tokenizer(source.id, source.revision, files.local_only)
@@ -104,11 +101,7 @@ def resolve_source(id: str, revision: str | None = None) -> str:
     Dequantises a `package://` file unless its folder lies in the cache already.
     """
     if id.startswith(PACKAGE_SCHEME):
-        if revision is not None:
-            raise BackboneError(
-                f"a revision belongs to a Hub id, but the backbone is {id!r}: "
-                f"leave out the revision ({revision!r})"
-            )
+        refuse_revision(id, revision)
         return str(dequantised(id))
     path = expand(id)
     if path.is_file():

@@ -7,5 +7,3 @@ each split takes), `files.py` and `rows.py` (the sources), `text.py` (one docume
 from .files import STDLIB
 from .splits import IGNORED, Document, Splits, prepare
 from .text import DataError
-
-__all__ = ["IGNORED", "STDLIB", "DataError", "Document", "Splits", "prepare"]

@@ -9,13 +9,3 @@ from .head import OutputHead
 from .losses import document_losses
 from .measurement import EvaluationError, measure, range_advice
 from .variants import Variant, variants_of
-
-__all__ = [
-    "EvaluationError",
-    "OutputHead",
-    "Variant",
-    "document_losses",
-    "measure",
-    "range_advice",
-    "variants_of",
-]

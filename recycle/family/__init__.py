@@ -36,27 +36,6 @@ _ROOMS = {
     "recycle.family.switch": ("available_p", "get_p", "set_p", "use_p"),
 }
 
-__all__ = [
-    "CONTROL",
-    "NESTED",
-    "Family",
-    "FamilyError",
-    "adapter_state",
-    "attach",
-    "available_p",
-    "check_backbone",
-    "find_backbone",
-    "find_folder",
-    "get_p",
-    "load",
-    "member_state",
-    "read_members",
-    "save_family",
-    "set_p",
-    "shrink_cache",
-    "use_p",
-]
-
 
 def __getattr__(name: str) -> Any:
     for room, names in _ROOMS.items():

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from recycle.backbone.errors import first_line
+from recycle.backbone.errors import BackboneError, first_line
 from recycle.backbone.fingerprint import Fingerprint, differences, fingerprint_files
 from recycle.backbone.quantization import (
     compute_in,
@@ -26,7 +26,6 @@ from recycle.backbone.quantization import (
 from recycle.backbone.source import (
     ANYONE,
     Access,
-    SourceError,
     SourceFiles,
     read_config,
     source_files,
@@ -154,7 +153,7 @@ def find_backbone(
         files = source_files(location, revision, access)
         if config.fingerprint is not None:
             check_backbone(config, fingerprint_files(files), source, location)
-    except SourceError as error:
+    except BackboneError as error:
         raise FamilyError(
             f"The backbone of {source} cannot be read: {str(error).rstrip('.')}. Name where it "
             f"lies {name}."

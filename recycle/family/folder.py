@@ -5,15 +5,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from peft import PeftConfig, PeftType
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from recycle.backbone.source import ANYONE, TOKENIZER_FILES, Access
-from recycle.disk import expand, file_sha256
+from recycle.backbone.errors import BackboneError
+from recycle.backbone.source import ANYONE, TOKENIZER_FILES, Access, fetched
+from recycle.disk import file_sha256
 from recycle.parscale import ParScaleConfig, nest_states
 
 from .record import (
@@ -44,25 +43,11 @@ def find_folder(source: str | Path, revision: str | None, access: Access = ANYON
     Raises:
         FamilyError: It is neither a run folder nor an adapter, or cannot be fetched.
     """
-    folder = expand(source)
-    if folder.is_dir() and revision is not None:
-        raise FamilyError(
-            f"A revision belongs to a Hub id, and {folder} is a folder: leave out the revision "
-            f"({revision!r})."
-        )
     check_source(source)
-    if folder.is_dir():
-        return folder
-    patterns = ["*.json", "*.safetensors", *TOKENIZER_FILES]
     try:
-        return Path(
-            snapshot_download(str(source), revision=revision, allow_patterns=patterns, **access)
-        )
-    except (HFValidationError, LocalEntryNotFoundError, HfHubHTTPError) as error:
-        raise FamilyError(
-            f"{str(source)!r} is no folder here, and as a Hub id it could not be fetched: "
-            f"{str(error).splitlines()[0]}"
-        ) from None
+        return fetched(source, revision, ["*.json", "*.safetensors", *TOKENIZER_FILES], access)
+    except BackboneError as error:
+        raise FamilyError(f"{source} cannot be loaded: {error}") from None
 
 
 def read_members(folder: Path, family: Family) -> list[Member]:

@@ -34,24 +34,4 @@ from .register import register
 from .starts import start_from_text, start_token_ids
 from .streams import DecoderStreams, choose_streams, streams_of
 
-__all__ = [
-    "ActiveStreams",
-    "AdapterParameter",
-    "CacheError",
-    "DecoderStreams",
-    "ParScaleConfig",
-    "ParScaleError",
-    "ParScaleModel",
-    "UnsupportedModelError",
-    "adapter_parameters",
-    "choose_streams",
-    "cut_state",
-    "find_decoder",
-    "nest_states",
-    "shrink_cache",
-    "start_from_text",
-    "start_token_ids",
-    "streams_of",
-]
-
 register()

@@ -25,30 +25,3 @@ from .schema import (
 )
 from .target import listing
 from .text import SAVED, dump, holds_run, show
-
-__all__ = [
-    "SAVED",
-    "Backbone",
-    "Data",
-    "Evaluation",
-    "Launch",
-    "Logging",
-    "Method",
-    "Output",
-    "Recipe",
-    "RecipeError",
-    "Resolved",
-    "Training",
-    "differing_keys",
-    "dump",
-    "holds_run",
-    "identity",
-    "listing",
-    "next_free_folder",
-    "read_recipe",
-    "resolve",
-    "run_folder",
-    "shipped",
-    "show",
-    "training_steps",
-]

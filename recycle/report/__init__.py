@@ -10,14 +10,3 @@ from .document import render_report
 from .folder import write_report
 from .plots import plot_loss_vs_streams, plot_loss_vs_tokens
 from .result import explain_table, list_warnings, state_findings
-
-__all__ = [
-    "explain_table",
-    "list_warnings",
-    "plot_loss_vs_streams",
-    "plot_loss_vs_tokens",
-    "render_card",
-    "render_report",
-    "state_findings",
-    "write_report",
-]

@@ -10,13 +10,3 @@ from .plan import TrainingPlan
 from .start import add_adapter
 from .trainer import StreamTrainer
 from .training import steps_done, train
-
-__all__ = [
-    "StreamTrainer",
-    "TrainingError",
-    "TrainingPlan",
-    "add_adapter",
-    "last_checkpoint",
-    "steps_done",
-    "train",
-]

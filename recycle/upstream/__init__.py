@@ -8,11 +8,3 @@ from .checkpoint import Checkpoint
 from .exporter import export_checkpoint
 from .importer import compare_backbone, import_checkpoint
 from .tensors import CheckpointError
-
-__all__ = [
-    "Checkpoint",
-    "CheckpointError",
-    "compare_backbone",
-    "export_checkpoint",
-    "import_checkpoint",
-]

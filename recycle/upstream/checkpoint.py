@@ -10,13 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import (
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    StrictDataclassError,
-)
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import Qwen2Config
 
@@ -24,8 +18,8 @@ from recycle.backbone.source import (
     INDEX,
     SINGLE,
     TOKENIZER_FILES,
-    SourceError,
     SourceFiles,
+    fetched,
     read_config,
     source_files,
 )
@@ -59,7 +53,7 @@ class Checkpoint:
         Raises:
             CheckpointError: It is no upstream checkpoint, or its files are incomplete.
         """
-        folder = _folder(source, revision)
+        folder = fetched(source, revision, DOWNLOADED)
         files = model_files(folder)
         config = read_config(files)
         required = REQUIRED if config.get("parscale_n") == 1 else (*REQUIRED, "parscale_n_tokens")
@@ -112,12 +106,7 @@ def model_files(model: str | Path, revision: str | None = None) -> SourceFiles:
     folder = expand(model)
     if (folder / INDEX).is_file() and not (folder / SINGLE).is_file():
         _check_index(folder)
-    try:
-        files = source_files(model, revision)
-        read_config(files)
-    except SourceError as error:
-        raise CheckpointError(str(error)) from None
-    return files
+    return source_files(model, revision)
 
 
 def model_tensors(files: SourceFiles) -> dict[str, Stored]:
@@ -192,16 +181,3 @@ def check_new(final: Path) -> None:
     """Raise a CheckpointError where something has that name already."""
     if os.path.lexists(final):
         raise CheckpointError(f"{final} exists already and is not overwritten. Name a new folder.")
-
-
-def _folder(source: str | Path, revision: str | None) -> Path:
-    folder = expand(source)
-    if folder.is_dir():
-        return folder
-    try:
-        return Path(snapshot_download(str(source), revision=revision, allow_patterns=DOWNLOADED))
-    except (HFValidationError, LocalEntryNotFoundError, HfHubHTTPError) as error:
-        raise CheckpointError(
-            f"{str(source)!r} is no folder here, and as a Hub id it could not be fetched: "
-            f"{str(error).splitlines()[0]}"
-        ) from None

@@ -5,11 +5,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from torch import Tensor
 
-from recycle.backbone.source import INDEX, SINGLE, TOKENIZER_FILES, SourceFiles, read_config
+from recycle.backbone.source import (
+    INDEX,
+    SINGLE,
+    TOKENIZER_FILES,
+    SourceFiles,
+    fetched,
+    read_config,
+)
 from recycle.disk import expand
 from recycle.family import Family, find_backbone, find_folder, read_members
 from recycle.family.folder import Member
@@ -201,19 +206,5 @@ def _name_tokenizer_class(folder: Path) -> None:
 
 def _companions(files: SourceFiles) -> Path:
     """The folder with the backbone's tokenizer, which is fetched if it lies on the Hub."""
-    if files.revision is None:
-        return files.config.parent
-    try:
-        return Path(
-            snapshot_download(
-                files.id,
-                revision=files.revision,
-                allow_patterns=[*TOKENIZER_FILES, GENERATION],
-                local_files_only=files.local_only,
-            )
-        )
-    except (LocalEntryNotFoundError, HfHubHTTPError) as error:
-        raise CheckpointError(
-            f"The tokenizer of {files.id} could not be fetched: {str(error).splitlines()[0]}. Give "
-            "the same command again."
-        ) from None
+    wanted = [*TOKENIZER_FILES, GENERATION]
+    return fetched(files.id, files.revision, wanted, {"local_files_only": files.local_only})

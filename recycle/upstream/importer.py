@@ -21,7 +21,6 @@ from recycle.family.folder import BACKBONE, write_adapter
 from recycle.parscale.config import ParScaleConfig
 
 from .checkpoint import Checkpoint, check_new, model_files, model_tensors, new_folder
-from .exporter import export_checkpoint
 from .layout import (
     BIASES,
     EMBEDDING,
@@ -38,14 +37,6 @@ from .layout import (
 )
 from .qwen2 import upstream_config
 from .tensors import CheckpointError, Stored, difference, write_tensors
-
-__all__ = [
-    "Checkpoint",
-    "CheckpointError",
-    "compare_backbone",
-    "export_checkpoint",
-    "import_checkpoint",
-]
 
 _COMPUTED = (
     "hidden_act",

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from recycle.backbone.header import damaged, read_header
-from recycle.backbone.source import SourceError
 from recycle.errors import RecycleError
 
 PIECE_BYTES = 1 << 22
@@ -98,8 +97,6 @@ def stored_tensors(file: Path) -> dict[str, Stored]:
         raise CheckpointError(
             f"{file} has tensors of type {error}, and known are {', '.join(DTYPES)}."
         ) from None
-    except SourceError as error:
-        raise CheckpointError(str(error)) from None
     return found
 
 
