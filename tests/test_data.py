@@ -19,7 +19,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedTokenizerFast
 
 from recycle.data import STDLIB, DataError, Splits, files, prepare, rows, training
-from recycle.data.evaluation import DOCUMENTS_PER_GROUP, EvaluationSplit, Kept
+from recycle.data.evaluation import DOCUMENTS_PER_GROUP, EvaluationSplit, Holders
 from recycle.data.text import Text
 from recycle.progress import Silent
 from recycle.recipe import Data
@@ -267,7 +267,7 @@ def test_where_test_took_every_group_its_size_is_named(tmp_path: Path, tokenizer
     message = str(caught.value)
     assert "validation asks for 3 documents of at least 16 tokens and has 0: of 0 docu" in message
     assert "training asks for 320 tokens and has 0" in message
-    assert message.endswith("Smaller settings would not do either: give more data.")
+    assert "This would do: data.test_documents=2 data.validation_documents=2 training.t" in message
 
 
 def test_folders_that_all_files_share_are_no_group(tmp_path: Path, tokenizer: Any) -> None:
@@ -321,43 +321,60 @@ def test_exact_copies_are_counted_and_used_once(tmp_path: Path, tokenizer: Any) 
     assert "1 empty" in str(caught.value)
 
 
-def test_near_copies_of_training_leave_evaluation(tmp_path: Path, tokenizer: Any) -> None:
-    """Documents of other groups that share 40 % of their lines with training, against 20 %."""
+def test_what_shares_lines_with_training_leaves_evaluation(tmp_path: Path, tokenizer: Any) -> None:
+    """A document with two of its ten lines from each of two training documents, against one."""
     for number in range(40):
         (tmp_path / f"{number:02}.txt").write_text(page(number, lines=10))
     data = config(path=str(tmp_path), test_documents=6, validation_documents=3)
     clean = read(data, tokenizer, blocks=100)
     assert clean.facts["overlap_removed"] == {"test": 0, "validation": 0}
-    trained = next(iter(clean.facts["start_texts"]))  # in training whatever the budget
-    stolen = (tmp_path / trained).read_text().splitlines(keepends=True)
+    trained = clean.facts["start_texts"][:2]  # in training whatever the budget
+    stolen = [(tmp_path / name).read_text().splitlines(keepends=True) for name in trained]
 
-    def plant(name: str, lines: int) -> None:
+    def plant(name: str, lines: list[str]) -> None:
         own = (tmp_path / name).read_text().splitlines(keepends=True)
         # At the end: the document's first block stays what it was. Trivial lines count nothing.
-        (tmp_path / name).write_text("".join(own[: 10 - lines] + stolen[:lines]) + "else:\n" * 9)
+        (tmp_path / name).write_text("".join([*own[: 10 - len(lines)], *lines]) + "else:\n" * 9)
 
-    far, near = clean.test[0].name, clean.test[1].name
-    plant(far, 2)
-    plant(near, 4)
-    plant(clean.validation[2].name, 4)
+    far, near, other = clean.test[0].name, clean.test[1].name, clean.validation[2].name
+    plant(far, stolen[0][:2])
+    plant(near, [*stolen[0][2:4], *stolen[1][2:4]])
+    plant(other, [*stolen[0][4:6], *stolen[1][4:6]])
     planted = read(data, tokenizer, blocks=100)
     assert planted.facts["overlap_removed"] == {"test": 1, "validation": 1}
     names = [document.name for document in planted.test]
     assert far in names
     assert near not in names
     assert len(names) == 6  # the surplus fills the place
-    assert clean.validation[2].name not in [document.name for document in planted.validation]
+    assert other not in [document.name for document in planted.validation]
 
     no_training = read(data, tokenizer, blocks=0)  # the start texts count as well
-    assert no_training.facts["start_texts"][0] == trained
+    assert no_training.facts["start_texts"][:2] == trained
     assert no_training.facts["overlap_removed"] == {"test": 1, "validation": 1}
+
+
+@pytest.mark.parametrize(("lines", "copies"), [(3, 0), (4, 1)])
+def test_near_copies_of_evaluation_leave_training(
+    tmp_path: Path, tokenizer: Any, lines: int, copies: int
+) -> None:
+    """A document with four of the ten lines of a test document, against three."""
+    for number in range(40):
+        (tmp_path / f"{number:02}.txt").write_text(page(number, lines=10))
+    clean = read(config(path=str(tmp_path)), tokenizer, blocks=100)
+    tested = (tmp_path / clean.test[0].name).read_text().splitlines(keepends=True)
+    with (tmp_path / clean.facts["start_texts"][0]).open("a") as trained:
+        trained.writelines(tested[-lines:])
+    planted = read(config(path=str(tmp_path)), tokenizer, blocks=100)
+    assert planted.facts["copies_removed"] == {"train": copies, "validation": 0, "test": 0}
+    assert planted.test == clean.test
+    assert (clean.facts["start_texts"][0] in planted.facts["start_texts"]) == (not copies)
 
 
 def test_too_many_near_copies_are_an_error(tmp_path: Path, tokenizer: Any) -> None:
     shared = page("shared", lines=10)
     for number in range(40):
         (tmp_path / f"{number:02}.txt").write_text(page(number, lines=5) + shared)
-    with pytest.raises(DataError, match=r"test asks for 6 .* has 0: .* 8 of them share over 30%"):
+    with pytest.raises(DataError, match=r"test asks for 6 .* has 1: .* 39 more are near"):
         read(config(path=str(tmp_path)), tokenizer)
 
 
@@ -382,7 +399,7 @@ def test_too_little_for_evaluation_names_what_there_is(folder: Path, tokenizer: 
 
 
 def test_too_few_start_texts(folder: Path, tokenizer: Any) -> None:
-    with pytest.raises(DataError, match=r"at least 3000 tokens, and there are 0.*method\.init"):
+    with pytest.raises(DataError, match=r"passages of 3000 tokens .* there are 0.*method\.init"):
         read(config(path=str(folder)), tokenizer, length=3000)
 
 
@@ -694,8 +711,9 @@ def test_copies_that_differ_in_white_space_are_duplicates(
 
 def test_near_copies_within_evaluation_leave() -> None:
     """Of documents that share more than 30 % of their lines, the first stays, in both splits."""
-    test = EvaluationSplit("test", 4, 1, set())
-    validation = EvaluationSplit("validation", 2, 1, set())
+    holders = Holders()
+    test = EvaluationSplit("test", 4, 1, holders)
+    validation = EvaluationSplit("validation", 2, 1, holders)
 
     def text(name: str, *parts: tuple[int, int]) -> Text:
         return Text(name, name, "".join(page(seed, lines=20)[: 24 * n] for seed, n in parts))
@@ -710,17 +728,46 @@ def test_near_copies_within_evaluation_leave() -> None:
         test.add(text(name, *parts), [1])
     for name, *parts in (("again", (4, 9), (5, 1)), ("other", (6, 10)), ("another", (7, 10))):
         validation.add(text(name, *parts), [1])
-    others = Kept()
-    test.keep(set(), others)
-    validation.keep(set(), others)
+    test.keep(set())
+    validation.keep(set())
     kept = {split.name: [x.name for x, _ in split.kept] for split in (test, validation)}
     assert kept == {
         "test": ["first", "a quarter of the first", "of its own"],
         "validation": ["other", "another"],
     }
     assert (test.copies, validation.copies) == (2, 1)
-    assert validation.shortage() == []
-    assert "has 3: of 5 documents" in test.shortage()[0]
+    assert validation.shortage() == {}
+    assert "has 3: of 5 documents" in test.shortage()["test"]
+
+
+@pytest.mark.parametrize("first", ["short", "long"])
+def test_a_short_document_within_a_long_one_is_its_copy(first: str) -> None:
+    contents = {"short": page(1, lines=8), "long": page(2, lines=20) + page(1, lines=8)}
+    split = EvaluationSplit("test", 4, 1, Holders())
+    for name in sorted(contents, key=lambda name: name != first):
+        split.add(Text(name, name, contents[name]), [1])
+    assert [text.name for text, _ in split.pool] == [first]
+    assert split.copies == 1
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_near_copies_do_not_use_up_the_surplus(tmp_path: Path, tokenizer: Any, seed: int) -> None:
+    """Of 80 texts and as many copies with one more line, 32 are asked for."""
+    for number in range(80):
+        (tmp_path / f"{number}.txt").write_text(page(number))
+        (tmp_path / f"{number}-copy.txt").write_text(page(number) + page(f"more {number}", lines=1))
+    data = config(path=str(tmp_path), test_documents=24, validation_documents=8, seed=seed)
+    splits = read(data, tokenizer)
+    names = [x.name.partition(".")[0].partition("-")[0] for x in (*splits.test, *splits.validation)]
+    assert len(set(names)) == 32
+
+
+def test_start_texts_are_all_different(tmp_path: Path, tokenizer: Any) -> None:
+    """Files that begin with one licence give one start text, and later passages the others."""
+    for number in range(40):
+        (tmp_path / f"{number}.txt").write_text(page("licence", lines=1) + page(number, lines=9))
+    splits = read(config(path=str(tmp_path)), tokenizer, blocks=60, starts=6)
+    assert len(set(map(tuple, splits.starts.tolist()))) == 6
 
 
 # What a walk leaves out
@@ -815,19 +862,19 @@ def test_the_advice_for_small_data_works(
         (tmp_path / f"{file:02}.txt").write_text(page(file, lines=lines))
     fields: dict[str, Any] = {"test_documents": 64, "validation_documents": 16, "block_size": 64}
     with pytest.raises(DataError, match="There is too little data") as caught:
-        read(config(path=str(tmp_path), **fields), tokenizer, blocks=400, starts=1)
+        read(config(path=str(tmp_path), **fields), tokenizer, blocks=400, starts=4)
     message = str(caught.value)
     assert "test asks for 64" in message
     assert "training asks for 25_600 tokens" in message
     if "would not do either" in message:
-        assert number <= 6  # three candidates for two documents of each split, and one to learn
+        assert number < 5  # two documents of each split, and one to learn from
         return
     advice = message.partition("This would do: ")[2].partition(". Or")[0]
     told = dict(word.split("=") for word in advice.split() if "=" in word)
     tokens = int(told.pop("training.tokens", 400 * 64))
     changed = {key.removeprefix("data."): int(value) for key, value in told.items()}
     data = config(path=str(tmp_path), **(fields | changed))
-    splits = read(data, tokenizer, blocks=tokens // data.block_size, starts=1)
+    splits = read(data, tokenizer, blocks=tokens // data.block_size, starts=4)
     assert len(splits.test) == data.test_documents >= 2
     assert len(splits.validation) == data.validation_documents >= 2
     assert splits.train.num_rows >= 1

@@ -3,8 +3,8 @@
 One rule for every source. Documents come in an order shuffled by `seed`, each with a group: a
 top-level package, a folder, a repository, or the document itself. A group seen for the first time
 goes to test while test lacks documents, then to validation, then to train, and keeps its split.
-Train ends when it has enough for its blocks. Then an evaluation document leaves if it shares too
-many lines with the training documents, or with another evaluation document.
+Near copies of an evaluation document are left out of all three. Train ends when it has enough for
+its blocks; then evaluation documents leave that share too many lines with all that was trained on.
 
 Evaluation takes the first block of a document. Train concatenates documents, each ended by the
 tokenizer's end-of-sequence token, and cuts the result into blocks.
@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerBase
 from recycle.progress import Silent
 from recycle.recipe import Data
 
-from .evaluation import DOCUMENTS_PER_GROUP, OVERLAP, EvaluationSplit, Kept
+from .evaluation import DOCUMENTS_PER_GROUP, OVERLAP, EvaluationSplit, Holders
 from .files import read_files, read_stdlib
 from .rows import read_hub, read_jsonl
 from .text import DataError, Text, Tokenised, besides, sha256
@@ -71,14 +71,11 @@ class Splits:
 class _Shortage(DataError):
     """The source holds too little for what was asked of it."""
 
-    def __init__(
-        self, message: str, documents: int, train_tokens: int, evaluation: bool, only_starts: bool
-    ) -> None:
-        super().__init__(message)
-        self.documents = documents
-        self.train_tokens = train_tokens  # that are there
-        self.evaluation = evaluation  # documents are missing for evaluation, or start texts
-        self.only_starts = only_starts
+    def __init__(self, missing: dict[str, str], train: TrainingSplit, read: int, besides: str):
+        super().__init__(f"There is too little data{besides}: {'; '.join(missing.values())}.")
+        self.missing = missing.keys()  # "test", "validation", "tokens" or "starts"
+        self.train_tokens = len(train.packed)  # that are there
+        self.documents = read
 
 
 def prepare(
@@ -97,7 +94,7 @@ def prepare(
         tokenizer: the backbone's; must have an end-of-sequence token.
         train_blocks: rows of `Splits.train`; 0 is legal.
         num_virtual_tokens: length of a start text in tokens.
-        num_starts: start texts, each from another training document, and group where possible.
+        num_starts: start texts, where possible of as many groups, else documents, else passages.
         progress: shows how far it is.
 
     Raises:
@@ -116,45 +113,49 @@ def prepare(
     try:
         return split(data, train_blocks, progress)
     except _Shortage as shortage:
-        advice = "Give more data."
-        if shortage.only_starts:
-            advice = "Set method.init=random or a smaller method.num_virtual_tokens."
-        elif data.source != "hub" and shortage.documents <= SMALL:
-            advice = _what_would_do(split, data, train_blocks)
-        raise DataError(f"{shortage} {advice}") from None
+        raise DataError(f"{shortage} {_advice(split, data, train_blocks, shortage)}") from None
 
 
-def _what_would_do(split: Callable[[Data, int], Splits], data: Data, train_blocks: int) -> str:
-    """Settings under which a small source is enough, found by trying them."""
-    most = max(data.test_documents, data.validation_documents)
+def _advice(
+    split: Callable[[Data, int], Splits], data: Data, train_blocks: int, shortage: _Shortage
+) -> str:
+    """Settings under which the source is enough; of a small one, found by trying them."""
+    if shortage.missing == {"starts"}:
+        return "Set method.init=random or a smaller method.num_virtual_tokens, or give more data."
+    small = data.source != "hub" and shortage.documents <= SMALL
+    found: _Shortage | None = shortage
+    for settings in ({}, *(_smaller(data) if small else ())):
+        asked = data.model_copy(update=settings)
+        block, more = asked.block_size, ""
+        if settings:
+            try:
+                split(asked, train_blocks * data.block_size // block)
+                found = None
+            except _Shortage as still:
+                found = still
+        changed = [f"data.{name}={value}" for name, value in settings.items()]
+        if found is not None:
+            blocks = found.train_tokens // block
+            if found.missing != {"tokens"} or not blocks:
+                continue
+            changed.append(f"training.tokens={blocks * block}")
+            more = f" (and training.batch_size at most {blocks})" if blocks < FEW_BLOCKS else ""
+        return f"This would do: {' '.join(changed)}{more}. Or give more data."
+    return f"{'Smaller settings would not do either: give' if small else 'Give'} more data."
+
+
+def _smaller(data: Data) -> Iterator[dict[str, int]]:
+    """Ever smaller settings, as far as they differ from those of `data`."""
     for halvings in range(4):
-        block = max(data.block_size >> halvings, 2)
-        wanted = most
+        wanted = max(data.test_documents, data.validation_documents)
         while wanted >= 2:
-            smaller = {
+            settings = {
                 "test_documents": min(data.test_documents, wanted),
                 "validation_documents": min(data.validation_documents, max(wanted // 2, 2)),
-                "block_size": block,
+                "block_size": max(data.block_size >> halvings, 2),
             }
-            asked = data.model_copy(update=smaller)
-            blocks = train_blocks * data.block_size // block
-            try:
-                split(asked, blocks)
-            except _Shortage as shortage:
-                blocks = shortage.train_tokens // block
-                if shortage.evaluation or not blocks:
-                    wanted = wanted * 3 // 4
-                    continue
-                smaller["tokens"] = blocks * block
-            settings = [
-                f"{'training' if name == 'tokens' else 'data'}.{name}={value}"
-                for name, value in smaller.items()
-                if name == "tokens" or value != getattr(data, name)
-            ]
-            few = "tokens" in smaller and blocks < FEW_BLOCKS
-            more = f" (and training.batch_size at most {blocks})" if few else ""
-            return f"This would do: {' '.join(settings)}{more}. Or give more data."
-    return "Smaller settings would not do either: give more data."
+            yield {name: n for name, n in settings.items() if n != getattr(data, name)}
+            wanted = wanted * 3 // 4
 
 
 def _split(
@@ -168,11 +169,16 @@ def _split(
     eos = tokenizer.eos_token_id
     facts: dict[str, Any] = {"source": data.source, "seed": data.seed}
     skipped: Counter[str] = Counter()
-    lines: set[str] = set()  # of all evaluation candidates, complete before train sees a document
-    test = EvaluationSplit("test", data.test_documents, data.block_size, lines)
-    validation = EvaluationSplit("validation", data.validation_documents, data.block_size, lines)
+    holders = Holders()  # complete before train sees a document
+    test, validation = (
+        EvaluationSplit(name, wanted, data.block_size, holders)
+        for name, wanted in (
+            ("test", data.test_documents),
+            ("validation", data.validation_documents),
+        )
+    )
     train = TrainingSplit(
-        train_blocks * data.block_size, num_starts, num_virtual_tokens, eos, lines
+        train_blocks * data.block_size, num_starts, num_virtual_tokens, eos, holders
     )
     split_of: dict[str, EvaluationSplit | TrainingSplit] = {}
 
@@ -190,19 +196,12 @@ def _split(
 
     starts = train.starts
     for text, _ in starts:
-        train.shared_lines |= text.lines() & lines
-    others = Kept()
+        train.lines |= text.lines() & holders.of_line.keys()
     for evaluation in (test, validation):
-        evaluation.keep(train.shared_lines, others)
-    missing = [*test.shortage(), *validation.shortage(), *train.shortage()]
-    if missing:
-        raise _Shortage(
-            f"There is too little data{besides(skipped)}: {'; '.join(missing)}.",
-            test.documents + validation.documents + train.documents,
-            len(train.packed),
-            bool(test.shortage() or validation.shortage() or len(starts) < num_starts),
-            len(missing) == 1 and len(starts) < num_starts,
-        )
+        evaluation.keep(train.lines)
+    if missing := test.shortage() | validation.shortage() | train.shortage():
+        read = sum(split.documents for split in (test, validation, train))
+        raise _Shortage(missing, train, read, besides(skipped))
 
     whole = len(train.packed) // data.block_size
     blocks = np.array(train.packed[: whole * data.block_size]).reshape(whole, data.block_size)
@@ -219,7 +218,7 @@ def _split(
         "documents_per_evaluation_group": DOCUMENTS_PER_GROUP,
         "overlap_limit": OVERLAP,
         "overlap_removed": {split.name: split.overlapping for split in (validation, test)},
-        "copies_removed": {split.name: split.copies for split in (validation, test)},
+        "copies_removed": {split.name: split.copies for split in splits},
         "block_size": data.block_size,
         "tokens": {name: len(pairs) * data.block_size for name, pairs in kept.items()}
         | {"train": train.tokens, "train_pool": len(train.packed)},

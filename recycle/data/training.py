@@ -2,7 +2,9 @@
 
 from array import array
 from dataclasses import dataclass, field
+from itertools import chain
 
+from .evaluation import OVERLAP, Holders
 from .text import Text, Tokenised
 
 SPREAD = 8  # a small budget draws its blocks from documents of so many times as many tokens,
@@ -18,15 +20,19 @@ class TrainingSplit:
     num_starts: int
     num_virtual_tokens: int
     eos: int
-    evaluation_lines: set[str]
+    holders: Holders
     name: str = "train"
     documents: int = 0
     groups: int = 0
+    copies: int = 0  # of evaluation documents
     packed: "array[int]" = field(default_factory=lambda: array("i"))
     fingerprints: list[str] = field(default_factory=list)
-    shared_lines: set[str] = field(default_factory=set)
-    firsts: dict[str, Tokenised] = field(default_factory=dict)  # of each group
-    others: list[Tokenised] = field(default_factory=list)  # of a group that has a first
+    lines: set[str] = field(default_factory=set)  # that evaluation has too
+    # Candidates for start texts, the better ones first: the first tokens of a group's first
+    # document, those of its others, and what follows in any document.
+    candidates: tuple[list[Tokenised], list[Tokenised], list[Tokenised]] = field(
+        default_factory=lambda: ([], [], [])
+    )
     patience: int = START_SEARCH
 
     @property
@@ -36,41 +42,52 @@ class TrainingSplit:
 
     @property
     def full(self) -> bool:
-        found = len(self.firsts) >= self.num_starts or self.patience <= 0
+        found = len(self.candidates[0]) >= self.num_starts or self.patience <= 0
         return len(self.packed) >= self.pool and found
 
     @property
     def starts(self) -> list[Tokenised]:
-        return [*self.firsts.values(), *self.others][: self.num_starts]
+        return list(chain(*self.candidates))[: self.num_starts]
 
     def add(self, text: Text, ids: list[int]) -> None:
         self.documents += 1
-        if len(ids) >= self.num_virtual_tokens and not self.full:
-            candidate = (text, ids[: self.num_virtual_tokens])
-            if text.group not in self.firsts and len(self.firsts) < self.num_starts:
-                self.firsts[text.group] = candidate
-            elif len(self.others) < self.num_starts:
-                self.others.append(candidate)
+        lines = text.lines()
+        if any(n > OVERLAP * size for n, size in self.holders.shared(lines)):
+            self.copies += 1
+            return
+        if not self.full:
+            self._find_starts(text, ids)
         if len(self.packed) < self.pool:
             self.packed.extend(ids)
             self.packed.append(self.eos)
             self.fingerprints.append(text.fingerprint())
-            self.shared_lines |= text.lines() & self.evaluation_lines
+            self.lines |= lines & self.holders.of_line.keys()
         else:
             self.patience -= 1
 
-    def shortage(self) -> list[str]:
+    def _find_starts(self, text: Text, ids: list[int]) -> None:
+        """Take this document's passages of n tokens as candidates, each text once."""
+        n = self.num_virtual_tokens
+        for begin in range(0, min(len(ids) - n, n * self.num_starts) + 1, n):
+            passage = ids[begin : begin + n]
+            known = any(text.group == other.group for other, _ in self.candidates[0])
+            rank = self.candidates[2 if begin else int(known)]
+            new = all(passage != other for _, other in chain(*self.candidates))
+            if new and len(rank) < self.num_starts:
+                rank.append((text, passage))
+
+    def shortage(self) -> dict[str, str]:
         """What is missing, in words."""
-        found = []
+        found = {}
         if len(self.packed) < self.tokens:
-            found.append(
+            found["tokens"] = (
                 f"training asks for {self.tokens:_} tokens and has {len(self.packed):_}, from "
                 f"{self.documents} documents"
             )
         if len(self.starts) < self.num_starts:
-            found.append(
-                f"{self.num_starts} streams start from as many training documents of at least "
-                f"{self.num_virtual_tokens} tokens, and there are {len(self.starts)} "
-                "(method.init=random needs none)"
+            found["starts"] = (
+                f"{self.num_starts} streams start from as many passages of "
+                f"{self.num_virtual_tokens} tokens in training documents, and there are "
+                f"{len(self.starts)}"
             )
         return found
