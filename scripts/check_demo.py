@@ -7,6 +7,7 @@ python scripts/check_demo.py runs/demo
 """
 
 import itertools
+import statistics
 import sys
 from pathlib import Path
 
@@ -17,26 +18,41 @@ from transformers import AutoTokenizer
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import recycle
-from recycle import results
+from recycle import data, results
+from recycle.evaluate import OutputHead, Variant, document_losses
 from recycle.family import member_state
 from recycle.parscale import find_decoder, streams_of
 from recycle.parscale.starts import text_start
+from recycle.recipe import read_recipe, training_steps
 
 FILES = ("report.md", "README.md", "family.json", "p2", "p4", "control", "tokenizer.json")
 TEXT = "def fibonacci(n):\n    if n < 2:\n        return n\n"
 
 
-def check_results(record: results.Results) -> None:
+def backbone_loss(model: PeftModelForCausalLM, folder: Path) -> float:
+    """The backbone's loss on the run's validation documents, which its record does not hold."""
+    recipe = read_recipe(folder / "recipe.yaml")
+    splits = data.prepare(
+        recipe.data,
+        AutoTokenizer.from_pretrained(folder),
+        train_blocks=training_steps(recipe) * recipe.training.batch_size,
+        num_virtual_tokens=recipe.method.num_virtual_tokens,
+        num_starts=max(recipe.streams),
+    )
+    with OutputHead(model) as head:
+        losses = document_losses(head, [Variant("backbone", None)], splits.validation, 4)
+    return statistics.fmean(losses["backbone"])
+
+
+def check_results(record: results.Results, backbone: float) -> None:
     """The text start begins near the backbone, and what learned is better than it was."""
-    rows = {model.name: model for model in record.models}
-    assert list(rows) == ["backbone", "control", "P = 2", "P = 4"], list(rows)
-    backbone = rows["backbone"].loss
+    names = [model.name for model in record.models]
+    assert names == ["backbone", "control", "P = 2", "P = 4"], names
     for training in record.training:
         first, last = (training.curve[place].validation_loss for place in (0, -1))
         for name in first:
-            # Validation and test are other documents: a random start is 1.0 above the backbone.
-            above = first[name] - backbone
-            assert above < 0.6, f"{name} starts {above:.2f} above the backbone's test loss"
+            above = first[name] - backbone  # a random start is 1.0 above
+            assert above < 0.1, f"{name} starts {above:.2f} above the backbone"
             assert last[name] < first[name], f"{name} did not learn: {first[name]:.4f} at its start"
 
 
@@ -103,8 +119,8 @@ def check(folder: Path) -> None:
     for name in FILES:
         assert (folder / name).exists(), f"{folder} lacks {name}"
     record = results.read(folder / "results.json")
-    check_results(record)
     model = recycle.load(folder, p=4, dtype=torch.float32)
+    check_results(record, backbone_loss(model, folder))
     ids = AutoTokenizer.from_pretrained(folder)(TEXT, return_tensors="pt")["input_ids"]
     check_streams(model, ids)
     check_movement(model, record)
