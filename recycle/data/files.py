@@ -51,8 +51,9 @@ def read_stdlib(data: Data, facts: dict[str, Any], skipped: Counter[str]) -> Ite
     for package in sorted(packages):
         # A module in one version of Python is a package in another (pathlib, zipfile).
         single = root / f"{package}.py"
-        inside = _walk(root / package, {"test", "tests", "__pycache__"}, Counter())
-        found[package] = [single] if single.is_file() else [f for f in inside if f.suffix == ".py"]
+        pattern = root / package / "**" / "*.py"
+        inside = _matches(root, pattern, {"test", "tests", "__pycache__"}, Counter())
+        found[package] = [single] if single.is_file() else inside
     facts["python"] = platform.python_version()
     facts["packages"] = [package for package, files in found.items() if files]
     facts["packages_missing"] = [package for package, files in found.items() if not files]
@@ -116,20 +117,12 @@ def matching(data: Data, skipped: Counter[str]) -> tuple[Path, list[Path]]:
     path = expand(str(data.path))
     if path.is_file():
         return path.parent, [path]
+    root = pattern = path
     if path.is_dir() and data.source == "files":
-        root, files = path, _walk(path, {"__pycache__"}, skipped)
+        pattern = Path(glob.escape(str(path)), "**")
     else:
         root = Path(*takewhile(lambda part: not glob.has_magic(part), path.parts))
-        runs = cache(holds_run)
-        files = []
-        for match in _matches(path, skipped):
-            if any(map(runs, match.parents)):
-                skipped["in a run folder"] += 1
-            elif os.path.isfile(match):
-                files.append(match)
-            elif not os.path.isdir(match):
-                skipped["no file"] += 1
-        files = _once(files, skipped)
+    files = _matches(root, pattern, {"__pycache__"}, skipped)
     if not files:
         takes = {"files": "a folder, a file or a glob", "jsonl": "a file or a glob"}[data.source]
         found = "holds no file" if path.is_dir() else "matches no file"
@@ -142,35 +135,44 @@ def matching(data: Data, skipped: Counter[str]) -> tuple[Path, list[Path]]:
     return root, files
 
 
-def _walk(folder: Path, skip: set[str], skipped: Counter[str]) -> list[Path]:
-    """Files under `folder` in sorted order; nothing hidden, no folder named in `skip`, no run."""
-    files = []
-    for parent, names in _folders(folder, skip, skipped):
-        for name in names:
-            if name[0] == ".":
-                skipped["hidden"] += 1
-            elif os.path.isfile(parent / name):
-                files.append(parent / name)
-            else:
-                skipped["no file"] += 1  # a link to nothing, a socket, no right to look
-    return _once(files, skipped)
+def _matches(root: Path, pattern: Path, skip: set[str], skipped: Counter[str]) -> list[Path]:
+    """The files that match, each once in sorted order, under its own name rather than a link's."""
+    runs = cache(holds_run)
+    found: dict[Path, Path] = {}
+    matches = _expanded(pattern, skip, skipped)
+    for match in sorted(matches, key=lambda match: (match.is_symlink(), match)):
+        reason = None
+        if match.name[0] == "." != pattern.name[0]:
+            reason = "hidden"
+        elif any(runs(folder) for folder in match.parents if folder.is_relative_to(root)):
+            reason = "in a run folder"
+        elif os.path.isdir(match):
+            continue
+        elif not os.path.isfile(match):  # a link to nothing, a socket, no right to look
+            reason = "no file"
+        elif found.setdefault(match.resolve(), match) != match:
+            reason = "file that was read already"
+        if reason:
+            skipped[reason] += 1
+    return sorted(found.values())
 
 
-def _matches(pattern: Path, skipped: Counter[str]) -> list[Path]:
+def _expanded(pattern: Path, skip: set[str], skipped: Counter[str]) -> list[Path]:
     """What a glob matches; its `**` enters no folder twice, where Python's goes round in links."""
     if "**" not in pattern.parts:
-        return [Path(match) for match in glob.glob(str(pattern))]
+        return [Path(match) for match in glob.glob(str(pattern), include_hidden=True)]
     at = pattern.parts.index("**")
     below = pattern.parts[at + 1 :] or ("*",)
-    found = []
-    for top in glob.glob(str(Path(*pattern.parts[:at]))):
-        for folder, _ in _folders(Path(top), set(), skipped):
-            found += _matches(Path(glob.escape(str(folder)), *below), skipped)
-    return found
+    return [
+        match
+        for top in glob.glob(str(Path(*pattern.parts[:at])))
+        for folder in _folders(Path(top), skip, skipped)
+        for match in _expanded(Path(glob.escape(str(folder)), *below), skip, skipped)
+    ]
 
 
-def _folders(top: Path, skip: set[str], skipped: Counter[str]) -> Iterator[tuple[Path, list[str]]]:
-    """Each folder under `top` once, with the names of its files.
+def _folders(top: Path, skip: set[str], skipped: Counter[str]) -> Iterator[Path]:
+    """Each folder under `top` once.
 
     Links wait until every real folder was seen: a link beside a folder must not rename its files,
     nor move them to another group.
@@ -182,14 +184,14 @@ def _folders(top: Path, skip: set[str], skipped: Counter[str]) -> Iterator[tuple
     entered: set[Path] = set()
     waiting = [top]
     for start in waiting:  # grows on the way
-        for parent, folders, names in os.walk(start, onerror=unreadable):
+        for parent, folders, _ in os.walk(start, onerror=unreadable):
             here = Path(parent)
             if here.resolve() in entered:
                 skipped["folder that was read already"] += 1
                 folders.clear()
                 continue
             entered.add(here.resolve())
-            yield here, names
+            yield here
             folders[:] = sorted(name for name in folders if _enter(here / name, skip, skipped))
             waiting += [here / name for name in folders if (here / name).is_symlink()]
 
@@ -206,12 +208,3 @@ def _enter(folder: Path, skip: set[str], skipped: Counter[str]) -> bool:
     if reason:
         skipped[reason] += 1
     return not reason
-
-
-def _once(files: list[Path], skipped: Counter[str]) -> list[Path]:
-    """Each file once in sorted order, under its own name rather than a link's."""
-    found: dict[Path, Path] = {}
-    for file in sorted(files, key=lambda file: (file.is_symlink(), file)):
-        if found.setdefault(file.resolve(), file) != file:
-            skipped["file that was read already"] += 1
-    return sorted(found.values())
