@@ -1,5 +1,6 @@
 """What a run works with: the backbone and the data, loaded and found to fit each other."""
 
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HTTPError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from recycle import data
+from recycle import data, results
 from recycle.backbone import Source, load_backbone
 from recycle.backbone.fingerprint import Fingerprint, differences
 from recycle.disk import write_atomically
@@ -34,8 +35,18 @@ class Materials:
     tokenizer: PreTrainedTokenizerBase
     source: Source
     splits: data.Splits
-    backbone_licence: str | None
-    data_licence: str | None
+    backbone: results.BackboneRecord
+    data: results.DataRecord
+
+    @property
+    def documents(self) -> tuple[results.ScoredDocument, ...]:
+        """The test documents, as results.json names them."""
+        return tuple(
+            results.ScoredDocument(
+                name=x.name, group=x.group, tokens=x.predicted_tokens, bytes=x.num_bytes
+            )
+            for x in self.splits.test
+        )
 
     def settle(self, recipe: Recipe) -> Recipe:
         """The recipe with the revisions that were found where it left them open."""
@@ -68,13 +79,39 @@ def load_materials(plan: RunPlan, progress: Silent) -> Materials:
         progress=progress,
     )
     _check_tokens(splits, model)
-    # Asked now: nothing that can fail or hang may stand between the last step and results.json.
-    on_hub = source.revision is not None
-    backbone_licence = _hub_licence(source.id) if on_hub else source.notes.get("license")
+    # Licences are asked for now: nothing that can fail or hang may stand between the last step and
+    # results.json.
+    backbone = _backbone_record(recipe, model, source)
     data_licence = OWN_LICENCE.get(recipe.data.source)
     if recipe.data.source == "hub":
         data_licence = _hub_licence(str(recipe.data.path), dataset=True)
-    return Materials(model, tokenizer, source, splits, backbone_licence, data_licence)
+    data_record = results.DataRecord(
+        source=recipe.data.source,
+        path=recipe.data.path,
+        license=data_licence,
+        facts=splits.facts,
+    )
+    return Materials(model, tokenizer, source, splits, backbone, data_record)
+
+
+def _backbone_record(
+    recipe: Recipe, model: PreTrainedModel, source: Source
+) -> results.BackboneRecord:
+    identifying = {key: value for key, value in source.fingerprint.to_dict().items() if key != "id"}
+    packaged = recipe.backbone.id.startswith("package://")
+    on_hub = source.revision is not None
+    return results.BackboneRecord(
+        id=recipe.backbone.id,
+        source="package" if packaged else "hub" if on_hub else "folder",
+        revision=source.revision,
+        fingerprint=hashlib.sha256(json.dumps(identifying, sort_keys=True).encode()).hexdigest(),
+        dtype=str(model.dtype).removeprefix("torch."),
+        quantization=source.quantization,
+        parameters=model.num_parameters(),
+        model_type=model.config.model_type,
+        vocab_size=model.config.get_text_config().vocab_size,
+        license=_hub_licence(source.id) if on_hub else source.notes.get("license"),
+    )
 
 
 def _check_window(recipe: Recipe, model: PreTrainedModel) -> None:

@@ -17,7 +17,6 @@ from .folder import Found, RunError
 from .machine import describe
 from .materials import load_materials
 from .plan import plan_run
-from .record import backbone_record, scored_documents
 
 
 def measure_again(found: Found, out: str | None, command: str, console: Console) -> Results:
@@ -56,10 +55,11 @@ def measure_again(found: Found, out: str | None, command: str, console: Console)
             )
         model = attach(materials.model, members, folder)
         started = time.perf_counter()
-        measured = backbone_record(plan.recipe, materials)
         machine = describe(plan.device)
         # Elsewhere, and in another precision, the training's speed says nothing.
-        comparable = machine == before.hardware and precision(measured) == precision(first)
+        comparable = machine == before.hardware and precision(materials.backbone) == precision(
+            first
+        )
         speeds = {x.name: x.tokens_per_second for x in before.training if comparable}
         documents = materials.splits.test
         measurements = measure(model, documents, plan.recipe.evaluation, speeds, progress)
@@ -72,8 +72,8 @@ def measure_again(found: Found, out: str | None, command: str, console: Console)
             "recipe_identity": identity(plan.recipe),
             "packages": results.packages(),
             "hardware": machine,
-            "backbone": measured,
-            "models": results.compare(scored_documents(documents), measurements),
+            "backbone": materials.backbone,
+            "models": results.compare(materials.documents, measurements),
             "wall_seconds": before.wall_seconds.model_copy(
                 update={"announced": None, "evaluation": time.perf_counter() - started}
             ),

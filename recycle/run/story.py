@@ -25,7 +25,6 @@ from .folder import saved_recipe as saved_recipe_of
 from .machine import describe
 from .materials import Materials, check_basis, load_materials
 from .plan import RunPlan, plan_run
-from .record import backbone_record, data_record, scored_documents
 
 
 def run_recipe(found: Found, command: str, console: Console) -> Results:
@@ -77,11 +76,11 @@ def run_recipe(found: Found, command: str, console: Console) -> Results:
                 packages=results.packages(),
                 hardware=describe(plan.device),
                 seeds={"data": recipe.data.seed, "training": recipe.training.seed},
-                backbone=backbone_record(recipe, materials),
-                data=data_record(recipe, materials),
+                backbone=materials.backbone,
+                data=materials.data,
                 training=trainings,
-                documents=scored_documents(documents),
-                models=results.compare(scored_documents(documents), measurements),
+                documents=materials.documents,
+                models=results.compare(materials.documents, measurements),
                 wall_seconds=results.WallSeconds(
                     announced=announced,
                     setup=setup,

@@ -14,13 +14,7 @@ import datasets
 import torch
 from peft import PeftModelForCausalLM
 from torch import Tensor
-from transformers import (
-    Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from recycle.data import IGNORED, Document
@@ -189,9 +183,7 @@ class _Watch(TrainerCallback):
         self.started = self.begun = 0.0
         self.seconds = 0.0  # in optimiser steps, of this and earlier processes
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         trainer, plan = self.trainer, self.trainer.plan
         if state.global_step:
             checkpoint = plan.folder / f"checkpoint-{state.global_step}"
@@ -203,14 +195,10 @@ class _Watch(TrainerCallback):
         if not state.global_step:
             self._validate(state)
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self.started = time.perf_counter()
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         trainer, plan, step = self.trainer, self.trainer.plan, state.global_step
         self.seconds += time.perf_counter() - self.started
         weighted = zip(trainer.weights.tolist(), trainer.step_losses, strict=True)
