@@ -19,7 +19,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedTokenizerFast
 
 from recycle.data import STDLIB, DataError, Splits, files, prepare, rows, training
-from recycle.data.evaluation import DOCUMENTS_PER_GROUP, EvaluationSplit, Holders
+from recycle.data.evaluation import COPY, DOCUMENTS_PER_GROUP, EvaluationSplit, Holders
 from recycle.data.text import Text
 from recycle.progress import Silent
 from recycle.recipe import Data
@@ -265,7 +265,7 @@ def test_where_test_took_every_group_its_size_is_named(tmp_path: Path, tokenizer
     with pytest.raises(DataError) as caught:
         read(config(path=str(folder)), tokenizer)
     message = str(caught.value)
-    assert "validation asks for 3 documents of at least 16 tokens and has 0: of 0 docu" in message
+    assert "validation asks for 3 documents of at least 16 tokens and has 0, from 0 doc" in message
     assert "training asks for 320 tokens and has 0" in message
     assert "This would do: data.test_documents=2 data.validation_documents=2 training.t" in message
 
@@ -374,7 +374,7 @@ def test_too_many_near_copies_are_an_error(tmp_path: Path, tokenizer: Any) -> No
     shared = page("shared", lines=10)
     for number in range(40):
         (tmp_path / f"{number:02}.txt").write_text(page(number, lines=5) + shared)
-    with pytest.raises(DataError, match=r"test asks for 6 .* has 1: .* 39 more are near"):
+    with pytest.raises(DataError, match=r"test asks for 6 .* has 1, .* \(39 near copies of"):
         read(config(path=str(tmp_path)), tokenizer)
 
 
@@ -392,9 +392,9 @@ def test_too_little_for_training_names_what_there_is(folder: Path, tokenizer: An
 
 
 def test_too_little_for_evaluation_names_what_there_is(folder: Path, tokenizer: Any) -> None:
-    with pytest.raises(DataError, match=r"test asks for 64 documents .* and has 60: "):
+    with pytest.raises(DataError, match=r"test asks for 64 documents .* and has 60, from "):
         read(config(path=str(folder), test_documents=64), tokenizer)
-    with pytest.raises(DataError, match=r"at least 4096 tokens and has 0: "):
+    with pytest.raises(DataError, match=r"at least 4096 tokens and has 0, .*60 shorter"):
         read(config(path=str(folder), block_size=4096), tokenizer)
 
 
@@ -735,9 +735,10 @@ def test_near_copies_within_evaluation_leave() -> None:
         "test": ["first", "a quarter of the first", "of its own"],
         "validation": ["other", "another"],
     }
-    assert (test.copies, validation.copies) == (2, 1)
+    assert test.left_out == {COPY: 2}
+    assert validation.left_out == {COPY: 1}
     assert validation.shortage() == {}
-    assert "has 3: of 5 documents" in test.shortage()["test"]
+    assert "has 3, from 5 documents in 0 groups (2 near copies" in test.shortage()["test"]
 
 
 @pytest.mark.parametrize("first", ["short", "long"])
@@ -747,7 +748,7 @@ def test_a_short_document_within_a_long_one_is_its_copy(first: str) -> None:
     for name in sorted(contents, key=lambda name: name != first):
         split.add(Text(name, name, contents[name]), [1])
     assert [text.name for text, _ in split.pool] == [first]
-    assert split.copies == 1
+    assert split.left_out == {COPY: 1}
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -8,6 +8,10 @@ from .text import Text, Tokenised
 SURPLUS = 1.25  # documents gathered for each one wanted, since some leave
 DOCUMENTS_PER_GROUP = 4  # documents of one group, at most
 OVERLAP = 0.3  # share of a document's lines that others may hold
+# Why documents are left out, in words.
+CROWDED = f"beyond the first {DOCUMENTS_PER_GROUP} of their group"
+COPY = "near copies of others"
+TRAINED_ON = f"with over {OVERLAP:.0%} of their lines in training"
 
 
 class Holders:
@@ -38,8 +42,7 @@ class EvaluationSplit:
     holders: Holders
     documents: int = 0
     groups: int = 0
-    overlapping: int = 0
-    copies: int = 0
+    left_out: Counter[str] = field(default_factory=Counter)  # why, in words
     pool: list[Tokenised] = field(default_factory=list)
     by_group: Counter[str] = field(default_factory=Counter)
     kept: list[Tokenised] = field(default_factory=list)
@@ -50,24 +53,25 @@ class EvaluationSplit:
 
     def add(self, text: Text, ids: list[int]) -> None:
         self.documents += 1
-        crowded = self.full or self.by_group[text.group] >= DOCUMENTS_PER_GROUP
-        if crowded or len(ids) < self.block_size:
-            return
         lines = text.lines()
+        if len(ids) < self.block_size:
+            self.left_out["shorter"] += 1
+        elif self.full or self.by_group[text.group] >= DOCUMENTS_PER_GROUP:
+            self.left_out[CROWDED] += 1
         # Of the shorter of the two, since a document may hold the whole of another.
-        if any(n > OVERLAP * min(size, len(lines)) for n, size in self.holders.shared(lines)):
-            self.copies += 1
-            return
-        self.holders.add(lines)
-        self.by_group[text.group] += 1
-        self.pool.append((text, ids[: self.block_size]))
+        elif any(n > OVERLAP * min(size, len(lines)) for n, size in self.holders.shared(lines)):
+            self.left_out[COPY] += 1
+        else:
+            self.holders.add(lines)
+            self.by_group[text.group] += 1
+            self.pool.append((text, ids[: self.block_size]))
 
     def keep(self, training_lines: set[str]) -> None:
         """Take the wanted number of candidates that share few enough lines with training."""
         for text, ids in self.pool:
             lines = text.lines()
             if len(lines & training_lines) > OVERLAP * len(lines):
-                self.overlapping += 1
+                self.left_out[TRAINED_ON] += 1
             elif len(self.kept) < self.wanted:
                 self.kept.append((text, ids))
 
@@ -75,11 +79,9 @@ class EvaluationSplit:
         """What is missing, in words."""
         if len(self.kept) == self.wanted:
             return {}
+        left_out = ", ".join(f"{number} {reason}" for reason, number in self.left_out.items())
         told = (
             f"{self.name} asks for {self.wanted} documents of at least {self.block_size} tokens "
-            f"and has {len(self.kept)}: of {self.documents} documents in {self.groups} groups, "
-            f"{len(self.pool)} are long enough and among the first {DOCUMENTS_PER_GROUP} of their "
-            f"group, {self.copies} more are near copies of others, and {self.overlapping} share "
-            f"over {OVERLAP:.0%} of their lines with training"
+            f"and has {len(self.kept)}, from {self.documents} documents in {self.groups} groups"
         )
-        return {self.name: told}
+        return {self.name: told + (f" ({left_out})" if left_out else "")}

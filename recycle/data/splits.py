@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerBase
 from recycle.progress import Silent
 from recycle.recipe import Data
 
-from .evaluation import DOCUMENTS_PER_GROUP, OVERLAP, EvaluationSplit, Holders
+from .evaluation import COPY, DOCUMENTS_PER_GROUP, OVERLAP, TRAINED_ON, EvaluationSplit, Holders
 from .files import read_files, read_stdlib
 from .rows import read_hub, read_jsonl
 from .text import DataError, Text, Tokenised, besides, sha256
@@ -217,8 +217,8 @@ def _split(
         "documents_used": {name: len(prints) for name, prints in used.items()},
         "documents_per_evaluation_group": DOCUMENTS_PER_GROUP,
         "overlap_limit": OVERLAP,
-        "overlap_removed": {split.name: split.overlapping for split in (validation, test)},
-        "copies_removed": {split.name: split.copies for split in splits},
+        "overlap_removed": {split.name: split.left_out[TRAINED_ON] for split in splits[1:]},
+        "copies_removed": {split.name: split.left_out[COPY] for split in splits},
         "block_size": data.block_size,
         "tokens": {name: len(pairs) * data.block_size for name, pairs in kept.items()}
         | {"train": train.tokens, "train_pool": len(train.packed)},

@@ -1,10 +1,11 @@
 """Training: packed tokens, and the texts that streams start from."""
 
 from array import array
+from collections import Counter
 from dataclasses import dataclass, field
 from itertools import chain
 
-from .evaluation import OVERLAP, Holders
+from .evaluation import COPY, OVERLAP, Holders
 from .text import Text, Tokenised
 
 SPREAD = 8  # a small budget draws its blocks from documents of so many times as many tokens,
@@ -24,7 +25,7 @@ class TrainingSplit:
     name: str = "train"
     documents: int = 0
     groups: int = 0
-    copies: int = 0  # of evaluation documents
+    left_out: Counter[str] = field(default_factory=Counter)  # why, in words
     packed: "array[int]" = field(default_factory=lambda: array("i"))
     fingerprints: list[str] = field(default_factory=list)
     lines: set[str] = field(default_factory=set)  # that evaluation has too
@@ -53,7 +54,7 @@ class TrainingSplit:
         self.documents += 1
         lines = text.lines()
         if any(n > OVERLAP * size for n, size in self.holders.shared(lines)):
-            self.copies += 1
+            self.left_out[COPY] += 1
             return
         if not self.full:
             self._find_starts(text, ids)

@@ -260,7 +260,8 @@ def _arguments(plan: TrainingPlan, device: torch.device) -> TrainingArguments:
         per_device_train_batch_size=settings.micro_batch_size,
         gradient_accumulation_steps=settings.batch_size // settings.micro_batch_size,
         lr_scheduler_type=SCHEDULES[settings.decay],
-        warmup_steps=math.ceil(settings.warmup * plan.steps),
+        # The first step of a warm-up has a rate of zero: it must not be the only one.
+        warmup_steps=min(math.ceil(settings.warmup * plan.steps), plan.steps - 1),
         max_grad_norm=settings.max_grad_norm,
         gradient_checkpointing=settings.gradient_checkpointing,
         gradient_checkpointing_kwargs={"use_reentrant": False},
