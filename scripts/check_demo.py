@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import recycle
 from recycle import data, results
-from recycle.evaluate import OutputHead, Variant, document_losses
+from recycle.evaluate import BACKBONE, OutputHead, document_losses
 from recycle.family import member_state
 from recycle.parscale import find_decoder, streams_of
 from recycle.parscale.starts import text_start
@@ -40,7 +40,7 @@ def backbone_loss(model: PeftModelForCausalLM, folder: Path) -> float:
         num_starts=max(recipe.streams),
     )
     with OutputHead(model) as head:
-        losses = document_losses(head, [Variant("backbone", None)], splits.validation, 4)
+        losses = document_losses(head, [BACKBONE], splits.validation, 4)
     return statistics.fmean(losses["backbone"])
 
 

@@ -8,10 +8,10 @@ from peft import get_peft_model
 from torch.nn import functional as F
 
 from recycle.data import Document
-from recycle.evaluate import OutputHead, Variant, document_losses, variants_of
+from recycle.evaluate import OutputHead, document_losses, passes_of
 from recycle.evaluate import head as head_module
+from recycle.evaluate.passes import rows_of
 from recycle.evaluate.speed import REPEATS, kv_bytes_per_token, speeds
-from recycle.evaluate.variants import grouped_by_pass
 from recycle.parscale import ActiveStreams, choose_streams, streams_of
 from tests.adapters import scramble, stream_config, stream_model, token_ids
 from tests.tiny import VOCAB_SIZE, tiny_model
@@ -44,14 +44,14 @@ NAMES = ["backbone", "control", "P = 2", "P = 4"]
 
 
 def test_the_order_of_the_table(model: Any) -> None:
-    variants = variants_of(model)
-    assert [variant.name for variant in variants] == NAMES
-    assert [variant.num_streams for variant in variants] == [1, 1, 2, 4]
-    assert [variant.name for variant in variants_of(model, "control")] == ["control"]
+    rows = rows_of(passes_of(model))
+    assert list(rows) == NAMES
+    assert [active and active.p_values for active in rows.values()] == [None, (1,), (2,), (4,)]
+    assert list(rows_of(passes_of(model, "control"))) == ["control"]
 
 
 def test_one_pass_serves_a_nested_family(model: Any) -> None:
-    names = [names for _, names in grouped_by_pass(variants_of(model))]
+    names = [names for _, names in passes_of(model)]
     nested = "nested" in model.peft_config
     together = [["P = 2", "P = 4"]] if nested else [["P = 2"], ["P = 4"]]
     assert names == [["backbone"], ["control"], *together]
@@ -60,16 +60,16 @@ def test_one_pass_serves_a_nested_family(model: Any) -> None:
 @pytest.mark.parametrize("batch_size", [1, 2, 5, 8])
 def test_losses_are_those_of_each_document_on_its_own(model: Any, batch_size: int) -> None:
     done: list[int] = []
-    variants = variants_of(model)
+    passes = passes_of(model)
     with OutputHead(model) as head:
-        found = document_losses(head, variants, DOCUMENTS, batch_size, advance=done.append)
+        found = document_losses(head, passes, DOCUMENTS, batch_size, advance=done.append)
     assert list(found) == NAMES
     bare = tiny_model()
-    for variant in variants:
-        for document, loss in zip(DOCUMENTS, found[variant.name], strict=True):
+    for name, active in rows_of(passes).items():
+        for document, loss in zip(DOCUMENTS, found[name], strict=True):
             ids = torch.tensor([document.input_ids])
-            with torch.no_grad(), choose_streams(model, variant.active):
-                alone = bare if variant.active is None else model
+            with torch.no_grad(), choose_streams(model, active):
+                alone = bare if active is None else model
                 logits = alone(input_ids=ids).logits
             expected = F.cross_entropy(logits[0, :-1], ids[0, 1:]).item()
             assert loss == pytest.approx(expected, abs=1e-5)  # batches of other sizes
@@ -82,7 +82,7 @@ def test_losses_are_those_of_each_document_on_its_own(model: Any, batch_size: in
 def test_nothing_is_left_behind(model: Any) -> None:
     before = streams_of(model).selection.current()
     with OutputHead(model) as head:
-        document_losses(head, variants_of(model), DOCUMENTS, 4)
+        document_losses(head, passes_of(model), DOCUMENTS, 4)
     assert streams_of(model).selection.current() == before
     assert all(parameter.grad is None for parameter in model.parameters())
     assert "forward" not in vars(model.get_base_model())
@@ -90,7 +90,7 @@ def test_nothing_is_left_behind(model: Any) -> None:
 
 def test_speeds(model: Any) -> None:
     done: list[int] = []
-    found = speeds(model, variants_of(model), 12, 3, advance=done.append)
+    found = speeds(model, rows_of(passes_of(model)), 12, 3, advance=done.append)
     assert list(found) == NAMES
     assert sum(done) == (REPEATS + 1) * 4
     for speed in found.values():
@@ -108,7 +108,7 @@ def test_speeds(model: Any) -> None:
 )
 def test_cache_sizes(backbone: str, per_stream: int) -> None:
     tiny = family(True, backbone)
-    assert kv_bytes_per_token(tiny, variants_of(tiny)) == {
+    assert kv_bytes_per_token(tiny, rows_of(passes_of(tiny))) == {
         "backbone": per_stream,
         "control": per_stream,
         "P = 2": 2 * per_stream,
@@ -118,8 +118,8 @@ def test_cache_sizes(backbone: str, per_stream: int) -> None:
 
 def test_cache_sizes_follow_the_dtype() -> None:
     half = family(True).to(torch.bfloat16)
-    variants = [Variant("backbone", None), Variant("P = 4", ActiveStreams("nested", 4, (4,)))]
-    assert kv_bytes_per_token(half, variants) == {"backbone": 256, "P = 4": 1024}
+    rows = {"backbone": None, "P = 4": ActiveStreams("nested", 4, (4,))}
+    assert kv_bytes_per_token(half, rows) == {"backbone": 256, "P = 4": 1024}
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from recycle import backbone as backbones
 from recycle import data
 from recycle.cost import Work
 from recycle.data import Splits
-from recycle.evaluate import OutputHead, document_losses, variants_of
+from recycle.evaluate import OutputHead, document_losses, passes_of
 from recycle.parscale import ActiveStreams, choose_streams
 from recycle.parscale import prefix as prefix_module
 from recycle.progress import Silent
@@ -386,7 +386,7 @@ def test_the_validation_curve(workshop: Any, tmp_path: Path) -> None:
         assert all(list(point.validation_loss) == names for point in training.curve)
     tiny.model.eval()
     with OutputHead(tiny.model) as head:
-        found = document_losses(head, variants_of(tiny.model), tiny.splits.validation, 2)
+        found = document_losses(head, passes_of(tiny.model), tiny.splits.validation, 2)
     for name, loss in {
         **family.curve[-1].validation_loss,
         **control.curve[-1].validation_loss,

@@ -1,11 +1,11 @@
 """What is measured of the backbone, the control and each P: losses, speed, cache size.
 
 `measure` is the way in: models and documents go in, measurements come out. Reading order:
-`variants.py` (which models there are), `head.py` (log-probabilities without the logits of every
+`passes.py` (which models there are), `head.py` (log-probabilities without the logits of every
 position), `losses.py`, `speed.py`, `measurement.py` (all of it together).
 """
 
 from .head import OutputHead
 from .losses import document_losses
 from .measurement import EvaluationError, measure, range_advice
-from .variants import Variant, variants_of
+from .passes import BACKBONE, passes_of

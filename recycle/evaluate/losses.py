@@ -1,4 +1,4 @@
-"""The loss of every document under every variant of a model.
+"""The loss of every document under every model of the table.
 
 Dimensions: B documents, S tokens of a block, |P| values of P at once.
 """
@@ -10,13 +10,13 @@ import torch
 from recycle.data import IGNORED, Document
 
 from .head import OutputHead
-from .variants import Variant, grouped_by_pass
+from .passes import Pass
 
 
 @torch.no_grad()
 def document_losses(
     head: OutputHead,
-    variants: Sequence[Variant],
+    passes: Sequence[Pass],
     documents: Sequence[Document],
     batch_size: int,
     advance: Callable[[int], None] = lambda tokens: None,
@@ -25,17 +25,17 @@ def document_losses(
 
     Args:
         head: Of the PEFT model, which is in eval mode.
-        variants: What to evaluate; the P of one nested adapter share a pass.
+        passes: What to evaluate.
         documents: One block each.
         batch_size: Documents in a pass.
         advance: Called with the stream-tokens done.
 
     Returns:
-        Losses by the variant's name, in the documents' order.
+        Losses by the row's name, in the documents' order.
     """
-    losses: dict[str, list[float]] = {variant.name: [] for variant in variants}
+    losses: dict[str, list[float]] = {name: [] for _, names in passes for name in names}
     device = head.model.device
-    for active, names in grouped_by_pass(variants):
+    for active, names in passes:
         for start in range(0, len(documents), batch_size):
             batch = documents[start : start + batch_size]
             ids = torch.tensor([document.input_ids for document in batch], device=device)

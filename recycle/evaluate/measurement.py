@@ -1,4 +1,4 @@
-"""Everything that the table says of each variant of a model, measured."""
+"""Everything that the table says of each model, measured."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -16,8 +16,8 @@ from recycle.results import Measurement, Speed
 
 from .head import OutputHead
 from .losses import document_losses
+from .passes import passes_of, rows_of
 from .speed import REPEATS, kv_bytes_per_token, speeds
-from .variants import grouped_by_pass, variants_of
 
 
 class EvaluationError(RecycleError):
@@ -44,11 +44,12 @@ def measure(
         EvaluationError: A loss is not finite.
     """
     model.eval()
-    variants = variants_of(model)
-    streams = sum(1 if x is None else x.num_streams for x, _ in grouped_by_pass(variants))
+    passes = passes_of(model)
+    rows = rows_of(passes)
+    streams = sum(active.num_streams if active else 1 for active, _ in passes)
     progress.start("test loss", streams * sum(len(document.input_ids) for document in documents))
     with OutputHead(model) as head:
-        losses = document_losses(head, variants, documents, settings.batch_size, progress.advance)
+        losses = document_losses(head, passes, documents, settings.batch_size, progress.advance)
     if broken := [name for name, each in losses.items() if not all(map(math.isfinite, each))]:
         raise EvaluationError(
             f"The test loss of {', '.join(broken)} is not finite, with the backbone in "
@@ -56,19 +57,18 @@ def measure(
         )
     measured: dict[str, Speed] = {}
     if settings.speed:
-        progress.start("speed", len(variants) * (REPEATS + 1))
+        progress.start("speed", len(rows) * (REPEATS + 1))
         lengths = settings.prompt_tokens, settings.new_tokens
-        measured = speeds(model, variants, *lengths, progress.advance)
-    kv_bytes = kv_bytes_per_token(model, variants)
+        measured = speeds(model, rows, *lengths, progress.advance)
+    kv_bytes = kv_bytes_per_token(model, rows)
     measurements = []
-    for variant in variants:
-        name, active = variant.name, variant.active
+    for name, active in rows.items():
         speed = {"train_tokens_per_second": trained_at.get(active.adapter) if active else None}
         state = member_state(model, active.adapter, active.num_streams) if active else {}
         measurements.append(
             Measurement(
                 name=name,
-                num_streams=variant.num_streams,
+                num_streams=active.num_streams if active else 1,
                 losses=tuple(losses[name]),
                 adapter_parameters=sum(tensor.numel() for tensor in state.values()),
                 kv_bytes_per_token=kv_bytes[name],

@@ -2,16 +2,14 @@
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from recycle.parscale import choose_streams, find_decoder
+from recycle.parscale import ActiveStreams, choose_streams, find_decoder
 from recycle.results import Speed
-
-from .variants import Variant
 
 REPEATS = 3
 
@@ -19,23 +17,23 @@ REPEATS = 3
 @torch.no_grad()
 def speeds(
     model: nn.Module,
-    variants: Sequence[Variant],
+    rows: Mapping[str, ActiveStreams | None],
     prompt_tokens: int,
     new_tokens: int,
     advance: Callable[[int], None] = lambda runs: None,
 ) -> dict[str, Speed]:
-    """Speed of prefill and greedy decoding at batch 1, all variants taking turns in one process.
+    """Speed of prefill and greedy decoding at batch 1, all rows taking turns in one process.
 
     Medians over `REPEATS` runs after a warm-up, in text tokens per second.
     """
     device = next(model.parameters()).device
     vocabulary = model.get_input_embeddings().num_embeddings  # type: ignore
     prompt = (torch.arange(prompt_tokens, device=device) % vocabulary).unsqueeze(0)
-    measured: dict[str, list[tuple[float, float]]] = {variant.name: [] for variant in variants}
+    measured: dict[str, list[tuple[float, float]]] = {name: [] for name in rows}
     for _ in range(REPEATS + 1):
-        for variant in variants:
-            with choose_streams(model, variant.active):
-                measured[variant.name].append(_time(model, prompt, new_tokens))
+        for name, active in rows.items():
+            with choose_streams(model, active):
+                measured[name].append(_time(model, prompt, new_tokens))
             advance(1)
     return {
         name: Speed(  # the first run is a warm-up
@@ -64,14 +62,16 @@ def _clock(device: torch.device) -> float:
 
 
 @torch.no_grad()
-def kv_bytes_per_token(model: nn.Module, variants: Sequence[Variant]) -> dict[str, int]:
+def kv_bytes_per_token(
+    model: nn.Module, rows: Mapping[str, ActiveStreams | None]
+) -> dict[str, int]:
     """Bytes that a token adds to the key-value cache of one sequence, read off a real cache."""
     tokens = torch.tensor([[0, 1]], device=next(model.parameters()).device)
     held = {}
-    for variant in variants:
+    for name, active in rows.items():
         cache = DynamicCache(config=find_decoder(model).config)
-        with choose_streams(model, variant.active):
+        with choose_streams(model, active):
             model(input_ids=tokens, past_key_values=cache)
         layers = [x for x in cache.layers if getattr(x, "keys", None) is not None]
-        held[variant.name] = sum(x.keys.nbytes + x.values.nbytes for x in layers) // 2
+        held[name] = sum(x.keys.nbytes + x.values.nbytes for x in layers) // 2
     return held

@@ -19,7 +19,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from recycle.data import IGNORED, Document
 from recycle.disk import write_atomically
-from recycle.evaluate import OutputHead, document_losses, range_advice, variants_of
+from recycle.evaluate import OutputHead, document_losses, passes_of, range_advice
 from recycle.parscale import ActiveStreams, adapter_parameters
 from recycle.progress import Silent
 from recycle.results import CurvePoint, LossPoint, TrainingRecord
@@ -225,7 +225,7 @@ class _Watch(TrainerCallback):
         model.eval()
         losses = document_losses(
             trainer.head,
-            variants_of(model, trainer.plan.adapter),
+            passes_of(model, trainer.plan.adapter),
             self.validation,
             self.batch_size,
         )
