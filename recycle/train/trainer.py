@@ -35,10 +35,11 @@ ADVICE = (
 SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 
 
-class StreamTrainer(Trainer):
+class StreamTrainer(Trainer, TrainerCallback):
     """Trainer with the loss of every P, whose hidden states come stacked out of one pass.
 
-    `record` is what is known of the training so far; it goes into every checkpoint.
+    As its own callback it measures the validation loss, moves the display and keeps `record`: what
+    is known of the training so far, which goes into every checkpoint.
     """
 
     def __init__(
@@ -53,6 +54,11 @@ class StreamTrainer(Trainer):
     ) -> None:
         self.plan = plan
         self.head = head
+        self.validation = validation
+        self.batch_size = batch_size
+        self.progress = progress
+        self.started = self.begun = 0.0
+        self.seconds = 0.0  # in optimiser steps, of this and earlier processes
         self.record = first_record(plan)
         self.active = ActiveStreams(plan.adapter, plan.num_streams, plan.p_values)
         weights = torch.tensor([plan.settings.loss_weights.get(p, 1.0) for p in plan.p_values])
@@ -81,7 +87,7 @@ class StreamTrainer(Trainer):
             train_dataset=blocks,
             data_collator=_collate,
             optimizers=(optimizer, None),
-            callbacks=[_Watch(self, validation, batch_size, progress)],
+            callbacks=[self],
         )
         self.pop_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = True  # `compute_loss` divides by the labels of the step
@@ -165,33 +171,15 @@ class StreamTrainer(Trainer):
             shutil.rmtree(checkpoint, ignore_errors=True)
             raise
 
-
-class _Watch(TrainerCallback):
-    """Measures the validation loss, keeps the record, moves the display."""
-
-    def __init__(
-        self,
-        trainer: StreamTrainer,
-        validation: Sequence[Document],
-        batch_size: int,
-        progress: Silent,
-    ) -> None:
-        self.trainer = trainer
-        self.validation = validation
-        self.batch_size = batch_size
-        self.progress = progress
-        self.started = self.begun = 0.0
-        self.seconds = 0.0  # in optimiser steps, of this and earlier processes
-
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        trainer, plan = self.trainer, self.trainer.plan
+        plan = self.plan
         if state.global_step:
             checkpoint = plan.folder / f"checkpoint-{state.global_step}"
             record = TrainingRecord.model_validate_json((checkpoint / RECORD).read_text())
             self.seconds = record.tokens / record.tokens_per_second  # type: ignore[operator]
-            trainer.record = record
-        self.progress.start(f"training {plan.adapter}", plan.tokens, trainer.record.tokens)
-        self.begun = time.perf_counter() - trainer.record.wall_seconds
+            self.record = record
+        self.progress.start(f"training {plan.adapter}", plan.tokens, self.record.tokens)
+        self.begun = time.perf_counter() - self.record.wall_seconds
         if not state.global_step:
             self._validate(state)
 
@@ -199,9 +187,9 @@ class _Watch(TrainerCallback):
         self.started = time.perf_counter()
 
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        trainer, plan, step = self.trainer, self.trainer.plan, state.global_step
+        plan, step = self.plan, state.global_step
         self.seconds += time.perf_counter() - self.started
-        weighted = zip(trainer.weights.tolist(), trainer.step_losses, strict=True)
+        weighted = zip(self.weights.tolist(), self.step_losses, strict=True)
         loss = sum(weight * loss for weight, loss in weighted)
         tokens = step * plan.tokens_per_step
         found: dict[str, Any] = {
@@ -212,35 +200,31 @@ class _Watch(TrainerCallback):
         }
         if step % plan.log_steps == 0 or step == plan.steps:
             point = LossPoint(step=step, tokens=tokens, loss=loss)
-            found["train_loss"] = (*trainer.record.train_loss, point)
-        trainer.record = trainer.record.model_copy(update=found)
+            found["train_loss"] = (*self.record.train_loss, point)
+        self.record = self.record.model_copy(update=found)
         self.progress.advance(plan.tokens_per_step, loss)
         if step == plan.steps or step % plan.settings.validation_steps == 0:
             self._validate(state)
         elapsed = {"wall_seconds": time.perf_counter() - self.begun}
-        trainer.record = trainer.record.model_copy(update=elapsed)
+        self.record = self.record.model_copy(update=elapsed)
 
     def _validate(self, state: TrainerState) -> None:
-        trainer, model = self.trainer, self.trainer.head.model
+        model, adapter = self.head.model, self.plan.adapter
         model.eval()
-        losses = document_losses(
-            trainer.head,
-            passes_of(model, trainer.plan.adapter),
-            self.validation,
-            self.batch_size,
-        )
+        passes = passes_of(model, adapter)
+        losses = document_losses(self.head, passes, self.validation, self.batch_size)
         means = {name: sum(values) / len(values) for name, values in losses.items()}
         if not all(map(math.isfinite, means.values())):
             raise TrainingError(
                 f"The validation loss is not finite at step {state.global_step}: {means}. "
-                f"{trainer.advice}"
+                f"{self.advice}"
             )
-        tokens = state.global_step * trainer.plan.tokens_per_step
+        tokens = state.global_step * self.plan.tokens_per_step
         point = CurvePoint(step=state.global_step, tokens=tokens, validation_loss=means)
-        curve = (*trainer.record.curve, point)
-        trainer.record = trainer.record.model_copy(update={"curve": curve})
+        curve = (*self.record.curve, point)
+        self.record = self.record.model_copy(update={"curve": curve})
         self.progress.say(
-            f"{trainer.plan.adapter}: {tokens:,} tokens, validation loss "
+            f"{adapter}: {tokens:,} tokens, validation loss "
             + ", ".join(f"{name} {mean:.4f}" for name, mean in means.items())
         )
 
