@@ -58,8 +58,7 @@ class EvaluationSplit:
             self.left_out["shorter"] += 1
         elif self.full or self.by_group[text.group] >= DOCUMENTS_PER_GROUP:
             self.left_out[CROWDED] += 1
-        # Of the shorter of the two, since a document may hold the whole of another.
-        elif any(n > OVERLAP * min(size, len(lines)) for n, size in self.holders.shared(lines)):
+        elif any(n > OVERLAP * len(lines) for n, _ in self.holders.shared(lines)):
             self.left_out[COPY] += 1
         else:
             self.holders.add(lines)

@@ -53,7 +53,8 @@ class TrainingSplit:
     def add(self, text: Text, ids: list[int]) -> None:
         self.documents += 1
         lines = text.lines()
-        if any(n > OVERLAP * size for n, size in self.holders.shared(lines)):
+        # Of the longer of the two: one licence must not leave out all documents that begin with it.
+        if any(n > OVERLAP * max(size, len(lines)) for n, size in self.holders.shared(lines)):
             self.left_out[COPY] += 1
             return
         if not self.full:

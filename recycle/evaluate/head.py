@@ -4,7 +4,6 @@ Dimensions: B blocks, S tokens of a block, V vocabulary, |P| values of P at once
 """
 
 from functools import cached_property
-from types import TracebackType
 from typing import Any, Self
 
 import torch
@@ -43,12 +42,7 @@ class OutputHead:
         add_fused_lm_head(self.model.get_base_model())
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.model.get_base_model().__dict__.pop("forward")
 
     def log_probs(self, active: ActiveStreams | None, input_ids: Tensor, labels: Tensor) -> Tensor:
