@@ -1,5 +1,6 @@
 """What follows from a recipe alone, before any machine or model is looked at."""
 
+import os
 from pathlib import Path
 
 from recycle.disk import expand
@@ -19,9 +20,9 @@ def run_folder(recipe: Recipe) -> Path:
 
 
 def next_free_folder(folder: Path) -> Path:
-    """The first of `folder`, `folder-2`, `folder-3`, … that does not exist."""
+    """The first of `folder`, `folder-2`, `folder-3`, … that is not there."""
     found, number = folder, 1
-    while found.exists():
+    while os.path.lexists(found):  # a link to nothing is in the way as well
         number += 1
         found = folder.with_name(f"{folder.name}-{number}")
     return found
