@@ -6,20 +6,10 @@ override, check), `problems.py` (how what is wrong is said), `consequences.py` (
 recipe), `text.py` (back to text).
 """
 
-from .consequences import next_free_folder, run_folder, training_steps
+from .consequences import differing_keys, identity, next_free_folder, run_folder, training_steps
 from .files import SAVED, holds_run, shipped
 from .problems import RecipeError
 from .resolution import Resolved, read_recipe, resolve
-from .schema import (
-    Backbone,
-    Data,
-    Evaluation,
-    Launch,
-    Method,
-    Recipe,
-    Training,
-    differing_keys,
-    identity,
-)
+from .schema import Backbone, Data, Evaluation, Launch, Method, Recipe, Training
 from .target import listing
 from .text import dump, show

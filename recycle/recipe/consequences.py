@@ -1,11 +1,34 @@
 """What follows from a recipe alone, before any machine or model is looked at."""
 
+import hashlib
+import json
 import os
 from pathlib import Path
 
 from recycle.disk import expand
 
-from .schema import Recipe
+from .schema import MAPPINGS, Recipe, flatten
+
+OUTSIDE_IDENTITY = ("launch", "output", "logging")
+
+
+def identity(recipe: Recipe) -> str:
+    """SHA-256 (hex) of all that decides the result: everything but launch, output and logging."""
+    content = recipe.model_dump(mode="json", exclude=set(OUTSIDE_IDENTITY))
+    canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def differing_keys(a: Recipe, b: Recipe) -> list[str]:
+    """Dotted keys in which the identities of two recipes differ, in the order of the schema."""
+    left, right = flatten(a), flatten(b)
+    return [
+        key
+        for key in left | right
+        if key.partition(".")[0] not in OUTSIDE_IDENTITY
+        and key not in MAPPINGS  # their entries have keys of their own
+        and left.get(key) != right.get(key)
+    ]
 
 
 def training_steps(recipe: Recipe) -> int:

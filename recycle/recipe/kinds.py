@@ -79,9 +79,9 @@ def _streams(value: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _nameable(value: str) -> str:
-    """A disk takes no path with a part of over 255 bytes; every call about one would fail."""
-    if max(len(part.encode(errors="replace")) for part in value.split("/")) > 255:
-        raise _refuse("must be shorter: no part of a path may have over 255 bytes")
+    path = value.encode(errors="replace")
+    if len(path) > 4000 or max(map(len, path.split(b"/"))) > 255:  # what a disk takes
+        raise _refuse("must be shorter: a path has at most 255 bytes in a part, and 4000 in all")
     return value
 
 

@@ -99,27 +99,25 @@ def path_hint(section: str, value: files.Raw, in_file: bool) -> str:
 def path_problem(kind: str, value: str) -> str:
     """What the disk shows to be wrong with a path; `kind` is a data source, or "model"."""
     path = expand(value)
-    if kind == "hub":
-        if not os.path.exists(value):
-            return ""
-        return (  # load_dataset would read it in place of the Hub's
+    is_folder = os.path.isdir(path)
+    if kind == "hub" and os.path.exists(value):  # load_dataset would read it in place of the Hub's
+        return (
             "hub takes the id of a data set on the Hub, and this is here on disk; "
             "set data.source=files or data.source=jsonl, or run in another folder"
         )
-    if kind == "jsonl" and path.is_dir():
+    if kind == "jsonl" and is_folder:
+        files_in_it = f"{value.rstrip('/')}/*.jsonl"
         return (
-            "jsonl reads a file or a glob, and this is a folder; "
-            f"its files are data.path='{value.rstrip('/')}/*.jsonl'"
+            f"jsonl reads a file or a glob; the files of this folder are data.path='{files_in_it}'"
         )
-    if kind == "model" and path.is_dir() and not (path / "config.json").is_file():
+    if kind == "model" and is_folder and not os.path.isfile(path / "config.json"):
         return "the folder holds no config.json, so it is no model"
-    # A model can also be `name` or `owner/name` on the Hub, or lie inside a package.
+    # On the Hub a model is `name` or `owner/name`, and one inside a package has a :// in it.
     local = value.startswith((".", "~", os.sep)) or (value.count("/") > 1 and "://" not in value)
-    magic = kind != "model" and glob.has_magic(value)
-    there = path.exists() or (magic and any(glob.iglob(str(path), recursive=True)))
-    if there or (kind == "model" and not local):
-        return ""
-    return f"there is no such file or folder (looked from {Path.cwd()})"
+    elsewhere = kind == "hub" or (kind == "model" and not local)
+    matches = glob.iglob(str(path), recursive=True) if glob.has_magic(value) else ()
+    there = elsewhere or os.path.exists(path) or any(matches)
+    return "" if there else f"there is no such file or folder (looked from {Path.cwd()})"
 
 
 def key_hint(key: str) -> str:

@@ -13,21 +13,9 @@ from typing import Annotated, Any, get_args
 
 from pydantic import TypeAdapter, ValidationError
 
-from . import files
+from . import files, problems
 from .files import Raw, Setting
-from .problems import (
-    FRAGMENTS,
-    RecipeError,
-    choices_hint,
-    fragment_hint,
-    key_hint,
-    nearest,
-    path_hint,
-    path_problem,
-    reword,
-    section_hint,
-    shorten,
-)
+from .problems import FRAGMENTS, RecipeError, shorten
 from .schema import FIELDS, MAPPINGS, SECTIONS, SOURCES, Recipe, contradictions, flatten, words_of
 from .target import choose
 
@@ -94,8 +82,8 @@ class _Draft:
         if resolved in self.seen:
             return
         self.seen.add(resolved)
-        settings, problems = files.parse(path)
-        self.problems += problems
+        settings, found = files.parse(path)
+        self.problems += found
         self.unread |= settings is None
         for setting in settings or ():
             if setting.key == "include":
@@ -115,7 +103,7 @@ class _Draft:
                 beside = files.display(path)
                 rule = f"there is no such file beside {beside} and no such shipped name"
                 fragments = [f"{d}/{n}" for d in FRAGMENTS.values() for n in files.shipped(d)]
-                hint = choices_hint(name, fragments)
+                hint = problems.choices_hint(name, fragments)
             elif found.resolve() in chain:
                 cycle = [*chain[chain.index(found.resolve()) :], found]
                 rule = f"files include each other: {' -> '.join(map(files.display, cycle))}"
@@ -149,7 +137,9 @@ class _Draft:
     def _pick(self, section: str, folder: str, name: str) -> None:
         names = files.shipped(folder)
         if name not in names:
-            hint = path_hint(section, name, in_file=False) or choices_hint(name, names)
+            hint = problems.path_hint(section, name, in_file=False) or problems.choices_hint(
+                name, names
+            )
             rule = f"there is no fragment {folder}/{name}"
             self._problem(COMMAND_LINE, section, name, rule, hint)
             return
@@ -163,14 +153,16 @@ class _Draft:
         key, raw, origin = setting.key, setting.value, setting.origin
         parent, _, last = key.rpartition(".")
         if key in SECTIONS:
-            hint = path_hint(key, raw, in_file=origin != COMMAND_LINE) or section_hint(key)
+            hint = problems.path_hint(
+                key, raw, in_file=origin != COMMAND_LINE
+            ) or problems.section_hint(key)
             self._problem(origin, key, raw, "is a section, no value", hint)
         elif parent in MAPPINGS and re.fullmatch("[1-9][0-9]*", last):
             self._take(setting, parent)
         elif parent in MAPPINGS:
             self._problem(origin, key, raw, "the key must be a number of streams, such as 4")
         elif key not in FIELDS:
-            self._problem(origin, key, raw, "unknown key", key_hint(key))
+            self._problem(origin, key, raw, "unknown key", problems.key_hint(key))
         elif key in MAPPINGS and raw is None:
             self.drop(key)  # null empties a mapping; anything else would merge into it
         elif key in MAPPINGS:
@@ -193,9 +185,11 @@ class _Draft:
                 if index is not None and setting.items:
                     origin = setting.items[index]
                 words = words_of(field)
-                close = nearest(str(setting.value), words)
+                close = problems.nearest(str(setting.value), words)
                 guess = f"did you mean {close}?" if close else ""
-                self._problem(origin, key, setting.value, reword(detail["msg"], words), guess)
+                self._problem(
+                    origin, key, setting.value, problems.reword(detail["msg"], words), guess
+                )
         else:
             self.broken.discard(key)
             self.values[key], self.origins[key] = value, origin
@@ -214,7 +208,7 @@ class _Draft:
                 self.values[key] = name if key == "name" else info.get_default()
                 self.origins[key] = DEFAULT
             elif not self.unread:
-                also = fragment_hint(key.partition(".")[0])
+                also = problems.fragment_hint(key.partition(".")[0])
                 self.problems.append(f"{place}: {key}: missing, and has no default{also}")
         for keys, rule in () if self.unread else contradictions(self.values, chosen):
             given = [f"{key} = {shorten(self.values[key])} ({self.origins[key]})" for key in keys]
@@ -236,14 +230,13 @@ class _Draft:
 
     def _missing_paths(self) -> Iterator[str]:
         """Paths that are set and that the disk shows to be wrong."""
-        for key, kind in (("backbone.id", "model"), ("data.path", self.values.get("data.source"))):
+        source = self.values.get("data.source")
+        kinds = {"backbone.id": "model", "data.path": source if source in SOURCES["path"] else None}
+        for key, kind in kinds.items():
             value = self.values.get(key)
-            if (
-                value
-                and kind in ("model", *SOURCES["path"])
-                and (problem := path_problem(kind, value))
-            ):
-                yield f"{self.origins[key]}: {key} = {shorten(value)}: {problem}"
+            problem = problems.path_problem(kind, value) if kind and value else ""
+            if problem:
+                yield f"{self.origins[key]}: {key} = {value}: {problem}"
 
 
 @cache

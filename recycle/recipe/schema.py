@@ -1,7 +1,5 @@
-"""What a recipe may hold: typed sections, the rules between them, and the identity of a run."""
+"""What a recipe may hold: typed sections, and the rules between them."""
 
-import hashlib
-import json
 from collections.abc import Iterator, Mapping
 from operator import attrgetter
 from typing import Annotated, Any, Literal, get_args, get_origin
@@ -163,8 +161,6 @@ class Recipe(Section):
     logging: Logging = Logging()
 
 
-OUTSIDE_IDENTITY = ("launch", "output", "logging")
-
 # Which sources a field of `data` belongs to; fields that are not here belong to all.
 SOURCES = {
     "path": ("hub", "files", "jsonl"),
@@ -211,25 +207,6 @@ def belongs(key: str, source: str) -> bool:
     """Whether the field with this dotted key does anything for this data source."""
     section, _, name = key.partition(".")
     return section != "data" or source in SOURCES.get(name, (source,))
-
-
-def identity(recipe: Recipe) -> str:
-    """SHA-256 (hex) of all that decides the result: everything but launch, output and logging."""
-    content = recipe.model_dump(mode="json", exclude=set(OUTSIDE_IDENTITY))
-    canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
-    return hashlib.sha256(canonical.encode()).hexdigest()
-
-
-def differing_keys(a: Recipe, b: Recipe) -> list[str]:
-    """Dotted keys in which the identities of two recipes differ, in the order of the schema."""
-    left, right = flatten(a), flatten(b)
-    return [
-        key
-        for key in left | right
-        if key.partition(".")[0] not in OUTSIDE_IDENTITY
-        and key not in MAPPINGS  # their entries have keys of their own
-        and left.get(key) != right.get(key)
-    ]
 
 
 def contradictions(values: Mapping[str, Any], chosen: set[str]) -> Iterator[tuple[list[str], str]]:
