@@ -53,17 +53,18 @@ def next_free_folder(folder: Path) -> Path:
 
 def notes(recipe: Recipe) -> dict[str, str]:
     """What becomes of values that a run changes or fills in, by dotted key."""
-    training, block = recipe.training, recipe.data.block_size
-    steps = training_steps(recipe)
-    tokens = steps * training.batch_size * block
-    found = {"output.dir": f"becomes {run_folder(recipe)}" if recipe.output.dir is None else ""}
-    if tokens != training.tokens:
+    steps, batch, block = training_steps(recipe), recipe.training.batch_size, recipe.data.block_size
+    tokens = steps * batch * block
+    found = {}
+    if recipe.output.dir is None:
+        found["output.dir"] = f"becomes {run_folder(recipe)}"
+    if tokens != recipe.training.tokens:
         found["training.tokens"] = (
-            f"becomes {tokens:,}: {steps:,} step{'s' * (steps != 1)} of {training.batch_size} "
-            f"block{'s' * (training.batch_size != 1)} of {block} tokens"
+            f"becomes {tokens:,}: {steps:,} step{'s' * (steps != 1)} of {batch} "
+            f"block{'s' * (batch != 1)} of {block} tokens"
         )
     if recipe.backbone.dtype == "auto":
         found["backbone.dtype"] = "becomes bfloat16 where this machine computes in it, else float32"
     if recipe.launch.device == "auto":
         found["launch.device"] = "becomes cuda where there is a GPU, else cpu"
-    return {key: note for key, note in found.items() if note}
+    return found

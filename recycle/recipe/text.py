@@ -3,7 +3,6 @@
 import io
 import json
 import re
-from collections.abc import Iterator
 
 from ruamel.yaml import YAML
 
@@ -30,24 +29,20 @@ def dump(recipe: Recipe) -> str:
 
 def show(resolved: Resolved) -> str:
     """Every key and value of a resolved recipe, one to a line, with the origin as its comment."""
-    lines = list(_lines(resolved))
-    width = max(len(line) for line, origin in lines if origin)
-    return "\n".join(f"{line:<{width}}  # {origin}" if origin else line for line, origin in lines)
-
-
-def _lines(resolved: Resolved) -> Iterator[tuple[str, str]]:
-    """(line, origin) in order; the line that opens a section has no origin."""
-    opened: tuple[str, ...] = ()
     told = notes(resolved.recipe)
+    lines: list[tuple[str, str]] = []  # with origins; the line that opens a section has none
+    opened: list[str] = []
     for key, value in flatten(resolved.recipe).items():
         *parents, last = key.split(".")
         for depth, parent in enumerate(parents):
-            if opened[: depth + 1] != tuple(parents[: depth + 1]):
-                yield f"{'  ' * depth}{parent}:", ""
-        opened = tuple(parents)
+            if opened[: depth + 1] != parents[: depth + 1]:
+                lines.append((f"{'  ' * depth}{parent}:", ""))
+        opened = parents
         text = "{}" if key in MAPPINGS else _value(value)
         note = f"; {told[key]}" if key in told else ""
-        yield f"{'  ' * len(parents)}{last}: {text}", resolved.origins[key] + note
+        lines.append((f"{'  ' * len(parents)}{last}: {text}", resolved.origins[key] + note))
+    width = max(len(line) for line, origin in lines if origin)
+    return "\n".join(f"{line:<{width}}  # {origin}" if origin else line for line, origin in lines)
 
 
 def _value(value: object) -> str:
