@@ -104,7 +104,7 @@ Seed = Annotated[Whole, Field(ge=0, lt=2**32)]
 Rate = Annotated[Real, Field(gt=0)]
 AtLeastTwo = Annotated[Whole, Field(ge=2)]
 Packages = Annotated[tuple[Text, ...], BeforeValidator(_listed), Field(min_length=1)]
-Quantization = Annotated[Literal["int8", "nf4"] | None, BeforeValidator(_none)]
+Quantization = Annotated[Literal["int8", "nf4", None], BeforeValidator(_none)]
 Name = Annotated[
     Place,
     _matching(

@@ -8,6 +8,8 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from pydantic_core import ErrorDetails
+
 from recycle.disk import expand
 from recycle.errors import RecycleError
 
@@ -27,15 +29,18 @@ class RecipeError(RecycleError):
         super().__init__("\n  ".join([f"{subject}: {count}", *problems]))
 
 
-def reword(message: str, words: Sequence[str]) -> str:
-    """Pydantic's sentence, in the words of the other messages."""
-    if words:
-        return f"must be one of {', '.join(words)}"
-    message = re.sub(r"^(Input|String|Tuple|Value) should", "must", message)
+def reword(error: ErrorDetails) -> tuple[str, str]:
+    """Pydantic's sentence in the words of the other messages, and a guess at what was meant."""
+    if error["type"] == "literal_error":
+        expected = re.split(", | or ", error["ctx"]["expected"])
+        words = ["null" if word == "None" else word.strip("'") for word in expected]
+        close = nearest(str(error["input"]), words)
+        return f"must be one of {', '.join(words)}", f"did you mean {close}?" if close else ""
+    message = re.sub(r"^(Input|String|Tuple|Value) should", "must", error["msg"])
     message = re.sub(r" after validation, not \d+$", "", message)
     for name, word in (("string", "text"), ("tuple", "list, such as 2,4,8 or [2, 4, 8]")):
         message = message.replace(f"must be a valid {name}", f"must be a {word}")
-    return message
+    return message, ""
 
 
 def shorten(value: object) -> str:

@@ -16,7 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 from . import files, problems
 from .files import Raw, Setting
 from .problems import FRAGMENTS, RecipeError, shorten
-from .schema import FIELDS, MAPPINGS, SECTIONS, SOURCES, Recipe, contradictions, flatten, words_of
+from .schema import FIELDS, MAPPINGS, SECTIONS, SOURCES, Recipe, contradictions, flatten
 from .target import choose
 
 COMMAND_LINE = "command line"
@@ -85,11 +85,10 @@ class _Draft:
         settings, found = files.parse(path)
         self.problems += found
         self.unread |= settings is None
-        for setting in settings or ():
+        for setting in sorted(settings or (), key=lambda setting: setting.key != "include"):
             if setting.key == "include":
                 self._include_all(setting, path, (*chain, resolved))
-        for setting in settings or ():
-            if setting.key != "include":
+            else:
                 self.set(setting)
 
     def _include_all(self, setting: Setting, path: Path, chain: tuple[Path, ...]) -> None:
@@ -184,12 +183,7 @@ class _Draft:
                 index = next((part for part in detail["loc"] if isinstance(part, int)), None)
                 if index is not None and setting.items:
                     origin = setting.items[index]
-                words = words_of(field)
-                close = problems.nearest(str(setting.value), words)
-                guess = f"did you mean {close}?" if close else ""
-                self._problem(
-                    origin, key, setting.value, problems.reword(detail["msg"], words), guess
-                )
+                self._problem(origin, key, setting.value, *problems.reword(detail))
         else:
             self.broken.discard(key)
             self.values[key], self.origins[key] = value, origin

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from operator import attrgetter
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic.fields import FieldInfo
@@ -247,12 +247,3 @@ def contradictions(values: Mapping[str, Any], chosen: set[str]) -> Iterator[tupl
     backbone_id = values.get("backbone.id", "")
     if backbone_id.startswith("package://") and values.get("backbone.revision") is not None:
         yield ["backbone.revision", "backbone.id"], "only a model on the Hub has a revision"
-
-
-def words_of(key: str) -> list[str]:
-    """The words that a field takes where it takes only some words, else nothing."""
-    annotation = FIELDS[key].annotation
-    words: list[str] = []
-    for part in (annotation, *get_args(annotation)):
-        words += get_args(part) if get_origin(part) is Literal else []
-    return [*words, "null"] if words and type(None) in get_args(annotation) else words
