@@ -119,7 +119,7 @@ def path_problem(kind: str, value: str) -> str:
         return "the folder holds no config.json, so it is no model"
     # On the Hub a model is `name` or `owner/name`, and one inside a package has a :// in it.
     local = value.startswith((".", "~", os.sep)) or (value.count("/") > 1 and "://" not in value)
-    elsewhere = kind == "hub" or (kind == "model" and not local)
+    elsewhere = not local if kind == "model" else kind not in ("files", "jsonl")
     matches = glob.iglob(str(path), recursive=True) if glob.has_magic(value) else ()
     there = elsewhere or os.path.exists(path) or any(matches)
     return "" if there else f"there is no such file or folder (looked from {Path.cwd()})"

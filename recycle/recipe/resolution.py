@@ -16,7 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 from . import files, problems
 from .files import Raw, Setting
 from .problems import FRAGMENTS, RecipeError, shorten
-from .schema import FIELDS, MAPPINGS, SECTIONS, SOURCES, Recipe, contradictions, flatten
+from .schema import FIELDS, MAPPINGS, SECTIONS, Recipe, contradictions, flatten
 from .target import choose
 
 COMMAND_LINE = "command line"
@@ -37,9 +37,9 @@ def resolve(target: str, overrides: Sequence[str] = ()) -> Resolved:
     """Read, merge and check the recipe that `target` names.
 
     Args:
-        target: a path (has a `/` and exists, or ends in .yaml or .yml), else the name of a shipped
-            recipe, else a bare model (local folder with a config.json, `package://` file or Hub
-            id), which gets the shipped recipe `default` with itself as the backbone.
+        target: a path (ends in .yaml or .yml, or has a `/`, exists and is no .jsonl), else the name
+            of a shipped recipe, else a bare model (local folder with a config.json, `package://`
+            file or Hub id), which gets the shipped recipe `default` with itself as the backbone.
         overrides: `data=NAME`, `backbone=NAME` and `training=NAME` replace that section by a
             fragment, or lay one over it that does not fill it (`backbone=4bit`), and come first;
             `key.sub=value` sets a field of the schema.
@@ -224,12 +224,9 @@ class _Draft:
 
     def _missing_paths(self) -> Iterator[str]:
         """Paths that are set and that the disk shows to be wrong."""
-        source = self.values.get("data.source")
-        kinds = {"backbone.id": "model", "data.path": source if source in SOURCES["path"] else None}
-        for key, kind in kinds.items():
+        for key, kind in (("backbone.id", "model"), ("data.path", self.values.get("data.source"))):
             value = self.values.get(key)
-            problem = problems.path_problem(kind, value) if kind and value else ""
-            if problem:
+            if kind and value and (problem := problems.path_problem(kind, value)):
                 yield f"{self.origins[key]}: {key} = {value}: {problem}"
 
 
