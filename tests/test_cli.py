@@ -353,7 +353,8 @@ def test_eval_refuses(recycle: Recycle, tmp_path: Path) -> None:
 
 
 def test_import_refuses(recycle: Recycle, home: Path, tiny_folder: Path, tmp_path: Path) -> None:
-    assert_refused(recycle("import", "nothing", "--out", "new"), "'nothing' is no folder here")
+    assert_refused(recycle("import", "./nothing", "--out", "new"), "'./nothing' is no folder here")
+    assert_refused(recycle("import", "nothing", "--out", "new"), "the files of model 'nothing'")
     assert_refused(recycle("import", tiny_folder, "--out", "new"), "no checkpoint in upstream's")
     assert_refused(recycle("import", GOLDEN, "--out", "texts"), "texts exists already")
     assert_refused(recycle("import", GOLDEN, "--out", "new", "--backbone", tiny_folder))

@@ -111,10 +111,8 @@ def path_problem(kind: str, value: str) -> str:
             "set data.source=files or data.source=jsonl, or run in another folder"
         )
     if kind == "jsonl" and is_folder:
-        files_in_it = f"{value.rstrip('/')}/*.jsonl"
-        return (
-            f"jsonl reads a file or a glob; the files of this folder are data.path='{files_in_it}'"
-        )
+        pattern = f"data.path='{value.rstrip('/')}/*.jsonl'"
+        return f"jsonl reads a file or a glob; the files of this folder are {pattern}"
     if kind == "model" and is_folder and not os.path.isfile(path / "config.json"):
         return "the folder holds no config.json, so it is no model"
     # On the Hub a model is `name` or `owner/name`, and one inside a package has a :// in it.
