@@ -15,6 +15,7 @@ from typing import Annotated, NoReturn
 import typer
 from rich.console import Console
 
+from . import __version__
 from .errors import RecycleError
 
 app = typer.Typer(
@@ -28,14 +29,8 @@ app = typer.Typer(
 console = Console(width=None if sys.stdout.isatty() else 140, markup=False)
 
 # Which extra a missing module belongs to.
-EXTRAS = {
-    "trl": "train",
-    "datasets": "train",
-    "accelerate": "train",
-    "bitsandbytes": "train",
-    "matplotlib": "train",
-    "gguf": "demo",
-}
+TRAIN = ("trl", "datasets", "accelerate", "bitsandbytes", "matplotlib")
+EXTRAS = dict.fromkeys(TRAIN, "train") | {"gguf": "demo"}
 # What is wrong with a disk or a path, which the user can put right.
 PATH_ERRORS = (
     *(errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS),
@@ -53,25 +48,16 @@ Overrides = Annotated[
         help="Set a field (training.tokens=20M) or pick a fragment (data=python-code).",
     ),
 ]
-Run = Annotated[
-    str, typer.Argument(metavar="RUN", help="A run folder, an adapter folder or a Hub id.")
-]
-
-NumStreams = Annotated[
-    int | None, typer.Option("--p", help="Streams; the most that there are by default.")
-]
-Moved = Annotated[
-    str | None,
-    typer.Option(
-        "--backbone", help="Where the backbone lies now, if not where the run recorded it."
-    ),
-]
+RUN = "A run folder, an adapter folder or a Hub id."
+Run = Annotated[str, typer.Argument(metavar="RUN", help=RUN)]
+STREAMS = "Streams; the most that there are by default."
+NumStreams = Annotated[int | None, typer.Option("--p", help=STREAMS)]
+MOVED = "Where the backbone lies now, if not where the run recorded it."
+Moved = Annotated[str | None, typer.Option("--backbone", help=MOVED)]
 
 
 def _version(wanted: bool) -> None:
     if wanted:
-        from . import __version__
-
         print(f"recycle {__version__}")
         raise typer.Exit
 
@@ -104,8 +90,6 @@ def run(
     resolved = resolve(target, overrides or [])
     console.print(f"Recipe: {resolved.chosen}")
     found = find_run(resolved.recipe, new)
-    if found.results is None and resolved.missing:
-        raise RecipeError(resolved.chosen, resolved.missing)
     if found.results is not None:
         from .results import rich_table
 
@@ -113,6 +97,8 @@ def run(
         console.print(f"{found.folder} is finished; its results (--new starts another run):")
         console.print(rich_table(found.results))
         return
+    if resolved.missing:
+        raise RecipeError(resolved.chosen, resolved.missing)
     try:
         _quiet_libraries()
         from .run.story import run_recipe
@@ -130,17 +116,14 @@ def show(
     overrides: Overrides = None,
 ) -> None:
     """Print the resolved recipe, where each value is from, and what follows from it."""
-    from .recipe import listing, resolve
-    from .recipe import show as show_recipe
+    from . import recipe
 
     if target is None:
-        print(listing().rstrip())
+        print(recipe.listing())
         return
-    resolved = resolve(target, overrides or [])
-    print(f"# {resolved.chosen}")
-    print(show_recipe(resolved).rstrip())
-    for missing in resolved.missing:
-        print(f"# missing: {missing}")
+    resolved = recipe.resolve(target, overrides or [])
+    missing = [f"# missing: {problem}" for problem in resolved.missing]
+    print(f"# {resolved.chosen}", recipe.show(resolved), *missing, sep="\n")
 
 
 @app.command()

@@ -278,6 +278,21 @@ def test_unknown_models_and_data(recycle: Recycle, home: Path) -> None:
     assert not Path("runs/other").exists()
 
 
+def test_a_finished_run_is_shown_without_its_data(
+    recycle: Recycle, home: Path, tmp_path: Path
+) -> None:
+    (home / "texts").rename(tmp_path / "away")
+    try:
+        done = recycle("run", "tiny.yaml")
+        assert "runs/tiny is finished" in done.stdout
+        gone = f"data.path = {home / 'texts'}: there is no such file"
+        assert f"# missing: tiny.yaml:1: {gone}" in recycle("show", "tiny.yaml").stdout
+        for command in ("run", "show"):
+            assert_refused(recycle(command, "tiny.yaml", "streams=1"), "2 problems", gone)
+    finally:
+        (tmp_path / "away").rename(home / "texts")
+
+
 def test_run_folders(recycle: Recycle, home: Path, tmp_path: Path) -> None:
     before = contents(home)
     assert_refused(recycle("run", "tiny.yaml", "streams=2"), "differs in streams;")
@@ -338,7 +353,8 @@ def test_eval_refuses(recycle: Recycle, tmp_path: Path) -> None:
 
 
 def test_import_refuses(recycle: Recycle, home: Path, tiny_folder: Path, tmp_path: Path) -> None:
-    assert_refused(recycle("import", "nothing", "--out", "new"), "'nothing' is no folder here")
+    assert_refused(recycle("import", "./nothing", "--out", "new"), "'./nothing' is no folder here")
+    assert_refused(recycle("import", "nothing", "--out", "new"), "the files of model 'nothing'")
     assert_refused(recycle("import", tiny_folder, "--out", "new"), "no checkpoint in upstream's")
     assert_refused(recycle("import", GOLDEN, "--out", "texts"), "texts exists already")
     assert_refused(recycle("import", GOLDEN, "--out", "new", "--backbone", tiny_folder))
@@ -483,6 +499,9 @@ def test_help_costs_little_more_than_typer_and_rich() -> None:
         ("import", "./nosuchfolder", "--out", "new"),
         ("run", "tiny.yaml", "streams=2"),
         ("run", "tiny.yaml", "data.path=./nothing", "output.dir=runs/other"),
+        ("run", "tiny.yaml", "data.source=jsonl", "output.dir=runs/other"),
+        ("run", "tiny.yaml", "data=python-code", "data.path=texts", "output.dir=runs/other"),
+        ("run", "tiny.yaml", "backbone.id=texts", "output.dir=runs/other"),
         ("run", "tiny.yaml", "training.tokns=5"),
         ("run", "tiny.yaml"),
         ("show", "tiny.yaml"),

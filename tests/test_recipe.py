@@ -44,8 +44,9 @@ training:
 
 
 @pytest.fixture(autouse=True)
-def empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def folder_with_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    Path("texts").mkdir()
 
 
 def write(name: str, text: str) -> str:
@@ -532,10 +533,15 @@ def test_a_bare_model_is_the_whole_backbone_section_of_the_default_recipe() -> N
         ("missing.yaml", ["there is no file missing.yaml"]),
         ("demo.yaml", ["there is no file demo.yaml", "the shipped recipe is called demo"]),
         ("./folder", ["the folder ./folder holds no config.json"]),
+        ("d.jsonl", ["no recipe and no model", "write data=jsonl data.path=d.jsonl"]),
+        ("./lines.jsonl", ["write data=jsonl data.path=./lines.jsonl"]),  # it exists
+        ("x" * 300, ["no such file, shipped recipe, model folder or Hub id"]),
+        (f"./{'x' * 300}.yaml", ["there is no file ./xxx"]),
     ],
 )
 def test_a_target_that_is_nothing(target: str, words: list[str]) -> None:
     Path("folder").mkdir()
+    write("lines.jsonl", '{"text": "a"}\n{"text": "b"}\n')
     found = problems(target)
     assert len(found) == 1
     for word in words:
@@ -627,6 +633,13 @@ def test_identity_is_all_but_launch_output_and_logging() -> None:
         assert differing_keys(recipe, other) == [override.partition("=")[0]]
     weighed = least("training.loss_weights.4=2").recipe
     assert differing_keys(recipe, weighed) == ["training.loss_weights.4"]
+
+
+def test_the_identity_of_a_recipe_never_changes() -> None:
+    assert (
+        identity(least().recipe)
+        == "828e86d154134349578a7b44ae4c63c4c53d33d6c2479480bb053c7cfd797624"
+    )
 
 
 def test_a_recipe_never_changes_once_read() -> None:
@@ -731,7 +744,12 @@ def test_the_wheel_resolves_every_shipped_recipe_in_an_empty_folder(tmp_path: Pa
         ("data=d.jsonl", "write data=jsonl data.path=d.jsonl"),
         ("data=more/d.jsonl.gz", "write data=jsonl data.path=more/d.jsonl.gz"),
         ("data=notes.txt", "write data=files data.path=notes.txt"),
+        ("data=a*.md", "write data=files data.path=a*.md"),
+        ("data=", "there is no fragment data/; valid: files, jsonl"),
+        ("data=./mine.yaml", "included in a recipe file (include: [PATH])"),
         ("backbone=./model", "write backbone.id=./model"),
+        ("training=20M", "for a number of tokens write training.tokens=20M"),
+        (f"data={'x' * 300}", "valid: files, jsonl"),
         ("training=./mine.yaml", "included in a recipe file (include: [PATH])"),
         ("data=stdlb", "did you mean stdlib?"),
     ],
@@ -742,18 +760,37 @@ def test_a_path_where_a_fragment_goes(override: str, hint: str) -> None:
     assert hint in str(caught.value)
 
 
-def test_a_folder_that_lies_here_is_meant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    for name in ("tinny", "demo", "texts", "run"):
-        Path(name).mkdir()
-    Path("tinny/config.json").write_text("{}")
-    Path("run/recipe.yaml").write_text("name: run")
+@pytest.mark.parametrize(
+    ("line", "hint"),
+    [
+        ("data: ./texts", "for text of your own write data: {source: files, path: ./texts}"),
+        ("data: d.jsonl", "write data: {source: jsonl, path: d.jsonl}"),
+        ("backbone: ./model", "for a model folder or Hub id write backbone: {id: ./model}"),
+        ("backbone: owner/name", "write backbone: {id: owner/name}"),
+        ("training: 20M", "write training: {tokens: 20M}"),
+    ],
+)
+def test_a_path_where_a_section_goes_in_a_file(line: str, hint: str) -> None:
+    found = problems(write("x.yaml", f"{line}\n"))
+    assert found[0].startswith(f"x.yaml:1: {line.replace(':', ' =')}: is a section, no value; ")
+    assert hint in found[0]
+
+
+def test_a_folder_that_lies_here_is_meant() -> None:
+    Path("demo").mkdir()
+    write("tinny/config.json", "{}")
+    write("run/recipe.yaml", dump(least().recipe))
+    write("mine/recipe.yaml", LEAST)  # a user's own, and no run
     assert resolve("tinny").recipe.backbone.id == "tinny"
     assert "write ./demo" in resolve("demo").chosen
     with pytest.raises(RecipeError, match="the folder texts holds no config"):
         resolve("texts")
     with pytest.raises(RecipeError, match=r"run is a run folder; .*run/recipe\.yaml.*eval run"):
         resolve("run")
+    with pytest.raises(
+        RecipeError, match=r"no model; for the recipe in it write mine/recipe\.yaml"
+    ):
+        resolve("mine")
 
 
 def test_local_paths_that_are_not_there_are_told_with_their_place() -> None:
@@ -762,10 +799,46 @@ def test_local_paths_that_are_not_there_are_told_with_their_place() -> None:
     assert first.startswith("command line: backbone.id = ./nothing: there is no such file")
     assert second.startswith("command line: data.path = no/*.txt: there is no such file")
     assert not least("data.path=.").missing
+    assert least("backbone.id=./texts").missing[0].endswith("no config.json, so it is no model")
+    # Beside another problem they are told with it.
+    found = problems("least.yaml", "data.path=./no", "streams=1")
+    assert [line.partition(" = ")[0] for line in found] == [
+        "command line: streams",
+        "command line: data.path",
+    ]
 
 
-def test_the_list_of_recipes() -> None:
+def test_data_that_the_disk_shows_to_be_of_another_source() -> None:
+    (lines,) = least("data=jsonl", "data.path=texts/").missing
+    assert "jsonl reads a file or a glob; the files of this folder are " in lines
+    assert lines.endswith(" data.path='texts/*.jsonl'")
+    (hub,) = least("data=python-code", "data.path=texts").missing
+    assert hub.startswith("command line: data.path = texts: hub takes the id of a data set")
+    assert "set data.source=files or data.source=jsonl" in hub
+    assert not least("data=python-code").missing
+
+
+@pytest.mark.parametrize("key", ["backbone.id", "data.path", "output.dir", "name"])
+def test_a_name_that_is_too_long_for_a_disk(key: str) -> None:
+    (found,) = problems(write("least.yaml", LEAST), f"{key}={'x' * 300}")
+    assert found.endswith(
+        "must be shorter: a path has at most 255 bytes in a part, and 4000 in all"
+    )
+    (found,) = problems("least.yaml", f"{key}={'x/' * 2001}")
+    assert ": must " in found
+
+
+def test_the_list_of_recipes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    assert max(map(len, listing().splitlines())) <= 100
+    monkeypatch.setenv("COLUMNS", "140")
     lines = listing().splitlines()
+    whole = "SmolLM2-135M (base model, Apache-2.0) from the Hub. resolved, not run."
+    assert f"  {'smollm2-135m':<28}{whole}" in lines
+    (demo,) = (line for line in lines if line.startswith("  demo "))
+    first = (ROOT / "recipes/demo.yaml").read_text().splitlines()[0].removeprefix("# ")
+    assert first in demo
+    assert demo.endswith(" …")
     assert lines[0] == "Recipes (recycle run NAME):"
     for name in SHIPPED:
         assert any(line.startswith(f"  {name} ") for line in lines)
@@ -793,6 +866,8 @@ def test_the_next_free_folder(tmp_path: Path) -> None:
     for name in ("run", "run-2", "run-4"):
         (tmp_path / name).mkdir()
     assert next_free_folder(tmp_path / "run") == tmp_path / "run-3"
+    (tmp_path / "run-3").symlink_to(tmp_path / "nothing")
+    assert next_free_folder(tmp_path / "run") == tmp_path / "run-5"
 
 
 def test_reading_a_recipe_imports_nothing_heavy() -> None:

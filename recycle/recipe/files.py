@@ -6,6 +6,7 @@ expected, `yes` is never a boolean, and a commit id such as `1e10` stays a text.
 file names is ever constructed.
 """
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,22 +19,16 @@ from .schema import FIELDS, MAPPINGS, SECTIONS
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 # In an installed package recipes lie inside it, in a checkout beside it.
-SHIPPED = next(
-    (p for p in (_PACKAGE / "_recipes", _PACKAGE.parent / "recipes") if p.is_dir()),
-    _PACKAGE / "_recipes",
-)
+_INSTALLED = _PACKAGE / "_recipes"
+SHIPPED = _INSTALLED if _INSTALLED.is_dir() else _PACKAGE.parent / "recipes"
 
+SAVED = "recipe.yaml"
+MARK = "# The resolved recipe of the run in this folder, written by recycle.\n"
 
-class Refused(Exception):
-    """One problem with a place in a file; collected, never shown on its own."""
+_PLAIN_TAGS = ("str", "int", "float", "bool", "null", "timestamp", "map", "seq", "merge", "value")
 
-
-@dataclass(frozen=True)
-class Nested:
-    """Stands for a mapping that lies where a value was expected."""
-
-
-Raw = str | None | Nested | list["Raw"]  # a value as written: text, null, list or mapping
+# A value as written: text, null, list, or an empty mapping for any mapping.
+Raw = str | None | dict[str, str] | list["Raw"]
 
 
 @dataclass(frozen=True)
@@ -59,6 +54,15 @@ def is_whole(folder: str, name: str, section: str) -> bool:
     return required <= {setting.key for setting in settings or ()}
 
 
+def holds_run(folder: Path) -> bool:
+    """Whether a folder is a run's: its recipe.yaml is one that `dump` wrote, and not a user's."""
+    try:
+        with (folder / SAVED).open(encoding="utf-8", errors="replace") as file:
+            return file.readline() == MARK
+    except OSError:
+        return False
+
+
 def display(path: Path) -> str:
     """A file's name for messages: `recipes/...` for a shipped one, else as short as it goes."""
     for root, prefix in ((SHIPPED, "recipes/"), (Path.cwd(), "")):
@@ -69,11 +73,8 @@ def display(path: Path) -> str:
 
 def find(name: str, beside: Path) -> Path | None:
     """The file that an include names: relative to the folder `beside`, else a shipped name."""
-    for folder in (beside, SHIPPED):
-        for path in (folder / name, folder / f"{name}.yaml"):
-            if path.is_file():
-                return path
-    return None
+    places = (folder / file for folder in (beside, SHIPPED) for file in (name, f"{name}.yaml"))
+    return next((place for place in places if os.path.isfile(place)), None)
 
 
 def parse(path: Path) -> tuple[list[Setting] | None, list[str]]:
@@ -81,7 +82,6 @@ def parse(path: Path) -> tuple[list[Setting] | None, list[str]]:
 
     There are no settings, rather than none, where the file cannot be parsed at all.
     """
-    problems: list[str] = []
     shown = display(path)
     try:
         root = YAML(typ="safe", pure=True).compose(path.read_text("utf-8-sig"))
@@ -100,7 +100,8 @@ def parse(path: Path) -> tuple[list[Setting] | None, list[str]]:
         return [], []
     if not isinstance(root, MappingNode):
         return None, [f"{shown}:{_line(root)}: a recipe must be a mapping of key: value"]
-    return list(_settings(root, "", shown, problems)), problems
+    problems = [f"{shown}:{problem}" for problem in _refused(root, "the file")]
+    return [] if problems else list(_settings(root, "", shown, problems)), problems
 
 
 def _line(node: Node) -> int:
@@ -110,11 +111,6 @@ def _line(node: Node) -> int:
 def _settings(node: MappingNode, prefix: str, shown: str, problems: list[str]) -> Iterator[Setting]:
     """Walk a mapping into dotted keys, down to where the schema expects a value."""
     lines: dict[str, int] = {}
-    try:
-        _plain(node, prefix.rstrip(".") or "the file", shown)
-    except Refused as refused:
-        problems.append(str(refused))
-        return
     for key_node, value in node.value:
         origin = f"{shown}:{_line(key_node)}"
         if not isinstance(key_node, ScalarNode):
@@ -125,40 +121,36 @@ def _settings(node: MappingNode, prefix: str, shown: str, problems: list[str]) -
             given = f" = {value.value}" if isinstance(value, ScalarNode) else ""
             first = f"first set in line {lines[key]}"
             problems.append(f"{origin}: {key}{given}: duplicate key, {first}; keep one")
-            continue
-        lines[key] = _line(key_node)
-        if "." in key_node.value:
+        elif "." in key_node.value:
             nest = "put {1} under {0}:".format(*key_node.value.split(".", 1))
             problems.append(f"{origin}: {key}: a key in a file holds no dot; {nest}")
-            continue
-        if isinstance(value, MappingNode) and key in (*SECTIONS, *MAPPINGS):
+        elif refused := [*_refused(key_node, key), *_refused(value, key)]:
+            problems += [f"{shown}:{problem}" for problem in refused]
+        elif isinstance(value, MappingNode) and key in (*SECTIONS, *MAPPINGS):
             yield from _settings(value, f"{key}.", shown, problems)
-            continue
-        try:
-            _plain(key_node, key, shown)
-            raw = _raw(value, key, shown)
-        except Refused as refused:
-            problems.append(str(refused))
-            continue
-        items = value.value if isinstance(value, SequenceNode) else ()
-        yield Setting(key, raw, origin, tuple(f"{shown}:{_line(item)}" for item in items))
+        else:
+            items = value.value if isinstance(value, SequenceNode) else ()
+            places = tuple(f"{shown}:{_line(item)}" for item in items)
+            yield Setting(key, _raw(value), origin, places)
+        lines.setdefault(key, _line(key_node))
 
 
-def _plain(node: Node, key: str, shown: str) -> None:
-    """Refuse anchors (so that no alias exists) and tags other than YAML's plain types."""
-    place = f"{shown}:{_line(node)}: {key}"
+def _refused(node: Node, key: str) -> Iterator[str]:
+    """Anchors (so that no alias exists) and tags other than YAML's plain types."""
     if node.anchor:
-        raise Refused(f"{place}: anchors and aliases are not taken; include a fragment instead")
-    name = str(node.tag)
-    known = ("str", "int", "float", "bool", "null", "timestamp", "map", "seq", "merge", "value")
-    if name.removeprefix("tag:yaml.org,2002:") not in known:
-        raise Refused(f"{place}: the tag {name!r} is not taken; write a plain value")
+        yield (
+            f"{_line(node)}: {key}: anchors and aliases are not taken; include a fragment instead"
+        )
+    elif str(node.tag).removeprefix("tag:yaml.org,2002:") not in _PLAIN_TAGS:
+        yield f"{_line(node)}: {key}: the tag {str(node.tag)!r} is not taken; write a plain value"
+    elif isinstance(node, SequenceNode):
+        for index, item in enumerate(node.value):
+            yield from _refused(item, f"{key}[{index}]")
 
 
-def _raw(node: Node, key: str, shown: str) -> Raw:
-    _plain(node, key, shown)
+def _raw(node: Node) -> Raw:
     if isinstance(node, SequenceNode):
-        return [_raw(item, f"{key}[{index}]", shown) for index, item in enumerate(node.value)]
+        return [_raw(item) for item in node.value]
     if isinstance(node, MappingNode):
-        return Nested()
+        return {}
     return None if str(node.tag).endswith(":null") else str(node.value)

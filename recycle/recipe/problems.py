@@ -1,18 +1,23 @@
 """How a problem with a recipe is said: the rule, what is valid, and what was probably meant."""
 
 import difflib
+import glob
 import json
+import os
 import re
 from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from pydantic_core import ErrorDetails
 
 from recycle.disk import expand
 from recycle.errors import RecycleError
 
 from . import files
-from .files import Nested
 from .schema import FIELDS, SECTIONS
 
 FRAGMENTS = {"backbone": "models", "data": "data", "training": "training"}  # section -> folder
+TEXT_FILE = re.compile(r"\.(jsonl?|txt|md|gz)$")
 
 
 class RecipeError(RecycleError):
@@ -24,15 +29,18 @@ class RecipeError(RecycleError):
         super().__init__("\n  ".join([f"{subject}: {count}", *problems]))
 
 
-def reword(message: str, words: Sequence[str]) -> str:
-    """Pydantic's sentence, in the words of the other messages."""
-    if words:
-        return f"must be one of {', '.join(words)}"
-    message = re.sub(r"^(Input|String|Tuple|Value) should", "must", message)
+def reword(error: ErrorDetails) -> tuple[str, str]:
+    """Pydantic's sentence in the words of the other messages, and a guess at what was meant."""
+    if error["type"] == "literal_error":
+        expected = re.split(", | or ", error["ctx"]["expected"])
+        words = ["null" if word == "None" else word.strip("'") for word in expected]
+        close = nearest(str(error["input"]), words)
+        return f"must be one of {', '.join(words)}", f"did you mean {close}?" if close else ""
+    message = re.sub(r"^(Input|String|Tuple|Value) should", "must", error["msg"])
     message = re.sub(r" after validation, not \d+$", "", message)
     for name, word in (("string", "text"), ("tuple", "list, such as 2,4,8 or [2, 4, 8]")):
         message = message.replace(f"must be a valid {name}", f"must be a {word}")
-    return message
+    return message, ""
 
 
 def shorten(value: object) -> str:
@@ -42,7 +50,7 @@ def shorten(value: object) -> str:
     elif value is None or isinstance(value, bool):
         text = json.dumps(value)
     else:
-        text = "{...}" if isinstance(value, Nested) else str(value)
+        text = "{...}" if isinstance(value, dict) else str(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
@@ -72,17 +80,47 @@ def fragment_hint(section: str) -> str:
     return f"; or include one of {names} (on the command line {section}=NAME)"
 
 
-def path_hint(section: str, value: str) -> str:
-    """What to write where a path stands for a fragment; nothing where it is none."""
-    path = expand(value)
-    if not path.exists() and "/" not in value and not re.search(r"\.(jsonl?|gz|txt|gguf)$", value):
+def path_hint(section: str, value: files.Raw, in_file: bool) -> str:
+    """What to write where a path, a Hub id or a number stands for a section; else nothing."""
+    if section not in FRAGMENTS or not isinstance(value, str) or not value:
         return ""
-    if section == "backbone":
-        return f"for a model folder or Hub id write backbone.id={value}"
-    if section == "data":
+    is_path = "/" in value or TEXT_FILE.search(value) or value.endswith(".gguf")
+    is_path = is_path or glob.has_magic(value) or os.path.lexists(expand(value))
+    if section == "training" and re.fullmatch(r"[0-9][0-9._]*[kKMB]?", value):
+        about, fields, override = "a number of tokens", f"tokens: {value}", f".tokens={value}"
+    elif not is_path:
+        return ""
+    elif section == "training" or value.endswith((".yaml", ".yml")):
+        return "a fragment of your own is included in a recipe file (include: [PATH])"
+    elif section == "backbone":
+        about, fields, override = "a model folder or Hub id", f"id: {value}", f".id={value}"
+    else:
         source = "jsonl" if re.search(r"\.jsonl?(\.gz)?$", value) else "files"
-        return f"for text of your own write data={source} data.path={value}"
-    return "a fragment of your own is included in a recipe file (include: [PATH])"
+        about, fields = "text of your own", f"source: {source}, path: {value}"
+        override = f"={source} data.path={value}"
+    return f"for {about} write {section}{f': {{{fields}}}' if in_file else override}"
+
+
+def path_problem(kind: str, value: str) -> str:
+    """What the disk shows to be wrong with a path; `kind` is a data source, or "model"."""
+    path = expand(value)
+    is_folder = os.path.isdir(path)
+    if kind == "hub" and os.path.exists(value):  # load_dataset would read it in place of the Hub's
+        return (
+            "hub takes the id of a data set on the Hub, and this is here on disk; "
+            "set data.source=files or data.source=jsonl, or run in another folder"
+        )
+    if kind == "jsonl" and is_folder:
+        pattern = f"data.path='{value.rstrip('/')}/*.jsonl'"
+        return f"jsonl reads a file or a glob; the files of this folder are {pattern}"
+    if kind == "model" and is_folder and not os.path.isfile(path / "config.json"):
+        return "the folder holds no config.json, so it is no model"
+    # On the Hub a model is `name` or `owner/name`, and one inside a package has a :// in it.
+    local = value.startswith((".", "~", os.sep)) or (value.count("/") > 1 and "://" not in value)
+    elsewhere = not local if kind == "model" else kind not in ("files", "jsonl")
+    matches = glob.iglob(str(path), recursive=True) if glob.has_magic(value) else ()
+    there = elsewhere or os.path.exists(path) or any(matches)
+    return "" if there else f"there is no such file or folder (looked from {Path.cwd()})"
 
 
 def key_hint(key: str) -> str:

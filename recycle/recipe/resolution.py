@@ -13,30 +13,11 @@ from typing import Annotated, Any, get_args
 
 from pydantic import TypeAdapter, ValidationError
 
-from . import files
-from .files import Nested, Raw, Setting
-from .problems import (
-    FRAGMENTS,
-    RecipeError,
-    choices_hint,
-    fragment_hint,
-    key_hint,
-    nearest,
-    path_hint,
-    reword,
-    section_hint,
-    shorten,
-)
-from .schema import (
-    FIELDS,
-    MAPPINGS,
-    SECTIONS,
-    Recipe,
-    contradictions,
-    flatten,
-    takes,
-)
-from .target import as_name, choose, is_there, model_name, names_path
+from . import files, problems
+from .files import Raw, Setting
+from .problems import FRAGMENTS, RecipeError, shorten
+from .schema import FIELDS, MAPPINGS, SECTIONS, Recipe, contradictions, flatten
+from .target import choose
 
 COMMAND_LINE = "command line"
 DEFAULT = "default"
@@ -49,16 +30,16 @@ class Resolved:
     recipe: Recipe
     origins: dict[str, str]  # dotted key -> "recipes/models/x.yaml:3", "command line" or "default"
     chosen: str  # "shipped recipe 'demo'", "recipe file x.yaml", "default recipe for ..."
-    missing: tuple[str, ...]  # local paths that are not there, which a finished run can do without
+    missing: tuple[str, ...]  # paths that cannot be read; a finished run can do without them
 
 
 def resolve(target: str, overrides: Sequence[str] = ()) -> Resolved:
     """Read, merge and check the recipe that `target` names.
 
     Args:
-        target: a path (has a `/` and exists, or ends in .yaml or .yml), else the name of a shipped
-            recipe, else a bare model (local folder with a config.json, `package://` file or Hub
-            id), which gets the shipped recipe `default` with itself as the backbone.
+        target: a path (ends in .yaml or .yml, or has a `/`, exists and is no .jsonl), else the name
+            of a shipped recipe, else a bare model (local folder with a config.json, `package://`
+            file or Hub id), which gets the shipped recipe `default` with itself as the backbone.
         overrides: `data=NAME`, `backbone=NAME` and `training=NAME` replace that section by a
             fragment, or lay one over it that does not fill it (`backbone=4bit`), and come first;
             `key.sub=value` sets a field of the schema.
@@ -69,21 +50,19 @@ def resolve(target: str, overrides: Sequence[str] = ()) -> Resolved:
     recipe_path, model, chosen = choose(target)
     draft = _Draft()
     draft.include(recipe_path)
+    name = recipe_path.stem
     if model is not None:
         draft.drop("backbone")
         draft.set(Setting("backbone.id", model, COMMAND_LINE))
+        name = Path(model).name.removesuffix(".gguf")
     draft.override(overrides)
-    fallback = recipe_path.stem if model is None else model_name(model)
-    recipe, origins = draft.finish(chosen, files.display(recipe_path), as_name(fallback))
-    return Resolved(recipe, origins, chosen, tuple(draft.missing_paths()))
+    name = re.sub(r"[^a-z0-9._-]+", "-", name.lower()).strip("-._") or "run"
+    return draft.finish(chosen, files.display(recipe_path), name)
 
 
 def read_recipe(path: Path | str) -> Recipe:
     """The recipe in a file, such as the one saved in a run folder."""
-    draft = _Draft()
-    draft.include(Path(path))
-    shown = files.display(Path(path))
-    return draft.finish(f"recipe file {shown}", shown, as_name(Path(path).stem))[0]
+    return resolve(str(path)).recipe
 
 
 class _Draft:
@@ -103,39 +82,34 @@ class _Draft:
         if resolved in self.seen:
             return
         self.seen.add(resolved)
-        settings, problems = files.parse(path)
-        self.problems += problems
+        settings, found = files.parse(path)
+        self.problems += found
         self.unread |= settings is None
-        for setting in settings or ():
+        for setting in sorted(settings or (), key=lambda setting: setting.key != "include"):
             if setting.key == "include":
                 self._include_all(setting, path, (*chain, resolved))
-        for setting in settings or ():
-            if setting.key != "include":
+            else:
                 self.set(setting)
 
     def _include_all(self, setting: Setting, path: Path, chain: tuple[Path, ...]) -> None:
-        values = setting.value if isinstance(setting.value, list) else [setting.value]
-        for name, origin in zip(values, setting.items or [setting.origin], strict=False):
+        names = setting.value if isinstance(setting.value, list) else [setting.value]
+        for name, origin in zip(names, setting.items or [setting.origin], strict=False):
+            found = files.find(name, path.parent) if isinstance(name, str) and name else None
+            rule, hint = "", ""
             if not isinstance(name, str) or not name:
-                self._problem(origin, "include", name, "must list names, such as models/qwen2.5-3b")
-                continue
-            found = files.find(name, path.parent)
-            if found is None:
-                self._problem(
-                    origin,
-                    "include",
-                    name,
-                    f"there is no such file beside {files.display(path)} and no such shipped name",
-                    choices_hint(
-                        name, [f"{d}/{n}" for d in FRAGMENTS.values() for n in files.shipped(d)]
-                    ),
-                )
+                rule = "must list names, such as models/qwen2.5-3b"
+            elif found is None:
+                beside = files.display(path)
+                rule = f"there is no such file beside {beside} and no such shipped name"
+                fragments = [f"{d}/{n}" for d in FRAGMENTS.values() for n in files.shipped(d)]
+                hint = problems.choices_hint(name, fragments)
             elif found.resolve() in chain:
-                cycle = [*chain[chain.index(found.resolve()) :], found.resolve()]
-                shown = " -> ".join(files.display(part) for part in cycle)
-                self._problem(origin, "include", name, f"files include each other: {shown}")
+                cycle = [*chain[chain.index(found.resolve()) :], found]
+                rule = f"files include each other: {' -> '.join(map(files.display, cycle))}"
             else:
                 self.include(found, chain)
+                continue
+            self._problem(origin, "include", name, rule, hint)
 
     def drop(self, key: str) -> None:
         for old in [old for old in self.values if old.startswith(f"{key}.")]:
@@ -152,24 +126,25 @@ class _Draft:
                 self._problem(COMMAND_LINE, key, value, "duplicate key; give it once")
             else:
                 pairs[key] = value
-        for section in FRAGMENTS:
+        for section, folder in FRAGMENTS.items():
             if section in pairs:
-                self._pick(section, pairs.pop(section))
+                self._pick(section, folder, pairs.pop(section))
         for key, value in pairs.items():
             null = value in ("", "~", "null", "Null", "NULL")
             self.set(Setting(key, None if null else value, COMMAND_LINE))
 
-    def _pick(self, section: str, name: str) -> None:
-        folder = FRAGMENTS[section]
+    def _pick(self, section: str, folder: str, name: str) -> None:
         names = files.shipped(folder)
         if name not in names:
-            message = f"there is no fragment {folder}/{name}"
-            hint = path_hint(section, name) or choices_hint(name, names)
-            self._problem(COMMAND_LINE, section, name, message, hint)
+            hint = problems.path_hint(section, name, in_file=False) or problems.choices_hint(
+                name, names
+            )
+            rule = f"there is no fragment {folder}/{name}"
+            self._problem(COMMAND_LINE, section, name, rule, hint)
             return
         if files.is_whole(folder, name, section):
             self.drop(section)
-        self.seen = set()  # what was merged before may be merged again, now that it comes later
+        self.seen.clear()  # what was merged before may be merged again, now that it comes later
         self.include(files.SHIPPED / folder / f"{name}.yaml")
 
     def set(self, setting: Setting) -> None:
@@ -177,13 +152,16 @@ class _Draft:
         key, raw, origin = setting.key, setting.value, setting.origin
         parent, _, last = key.rpartition(".")
         if key in SECTIONS:
-            self._problem(origin, key, raw, "is a section, no value", section_hint(key))
+            hint = problems.path_hint(
+                key, raw, in_file=origin != COMMAND_LINE
+            ) or problems.section_hint(key)
+            self._problem(origin, key, raw, "is a section, no value", hint)
         elif parent in MAPPINGS and re.fullmatch("[1-9][0-9]*", last):
             self._take(setting, parent)
         elif parent in MAPPINGS:
             self._problem(origin, key, raw, "the key must be a number of streams, such as 4")
         elif key not in FIELDS:
-            self._problem(origin, key, raw, "unknown key", key_hint(key))
+            self._problem(origin, key, raw, "unknown key", problems.key_hint(key))
         elif key in MAPPINGS and raw is None:
             self.drop(key)  # null empties a mapping; anything else would merge into it
         elif key in MAPPINGS:
@@ -195,7 +173,7 @@ class _Draft:
         key, origin = setting.key, setting.origin
         self.broken.add(key)
         self.values.pop(key, None)
-        if isinstance(setting.value, Nested):
+        if isinstance(setting.value, dict):
             self._problem(origin, key, setting.value, "takes a value, not a mapping")
             return
         try:
@@ -205,61 +183,51 @@ class _Draft:
                 index = next((part for part in detail["loc"] if isinstance(part, int)), None)
                 if index is not None and setting.items:
                     origin = setting.items[index]
-                words = takes(field)
-                close = nearest(str(setting.value), words)
-                guess = f"did you mean {close}?" if close else ""
-                self._problem(origin, key, setting.value, reword(detail["msg"], words), guess)
-            return
-        self.broken.discard(key)
-        self.values[key] = value
-        self.origins[key] = origin
+                self._problem(origin, key, setting.value, *problems.reword(detail))
+        else:
+            self.broken.discard(key)
+            self.values[key], self.origins[key] = value, origin
 
     def _problem(self, origin: str, key: str, value: Raw, rule: str, hint: str = "") -> None:
-        given = "" if isinstance(value, Nested) else f" = {shorten(value)}"
+        given = "" if isinstance(value, dict) else f" = {shorten(value)}"
         self.problems.append(f"{origin}: {key}{given}: {rule}{'; ' if hint else ''}{hint}")
 
-    def finish(self, subject: str, place: str, name: str) -> tuple[Recipe, dict[str, str]]:
+    def finish(self, subject: str, place: str, name: str) -> Resolved:
         """Fill in defaults, check fields against each other, and build the recipe."""
+        chosen = set(self.values)
         for key, info in FIELDS.items():
             if key in self.values or key in self.broken or key in MAPPINGS:
                 continue
-            if key == "name":
-                self.values[key], self.origins[key] = name, DEFAULT
-            elif info.is_required() and self.unread:
-                continue
-            elif info.is_required():
-                also = fragment_hint(key.partition(".")[0])
+            if key == "name" or not info.is_required():
+                self.values[key] = name if key == "name" else info.get_default()
+                self.origins[key] = DEFAULT
+            elif not self.unread:
+                also = problems.fragment_hint(key.partition(".")[0])
                 self.problems.append(f"{place}: {key}: missing, and has no default{also}")
-            else:
-                self.values[key], self.origins[key] = info.get_default(), DEFAULT
-        chosen = {key for key in self.values if self.origins[key] != DEFAULT}
         for keys, rule in () if self.unread else contradictions(self.values, chosen):
             given = [f"{key} = {shorten(self.values[key])} ({self.origins[key]})" for key in keys]
             self.problems.append(f"{', '.join(given)}: {rule}")
+        missing = tuple(self._missing_paths())
         if self.problems:
-            raise RecipeError(subject, self.problems)
-        return self._build()
+            raise RecipeError(subject, [*self.problems, *missing])
 
-    def missing_paths(self) -> Iterator[str]:
-        """Local paths that are set and not there."""
-        for key, is_path in (("backbone.id", names_path), ("data.path", lambda value: True)):
-            value = self.values.get(key)
-            if key == "data.path" and self.values.get("data.source") == "hub":
-                continue
-            if isinstance(value, str) and is_path(value) and not is_there(value):
-                shown = f"{self.origins[key]}: {key} = {value}"
-                yield f"{shown}: there is no such file or folder (looked from {Path.cwd()})"
-
-    def _build(self) -> tuple[Recipe, dict[str, str]]:
         tree: dict[str, Any] = {}
         for key, value in self.values.items():
-            section = tree
             *parents, last = key.split(".")
+            section = tree
             for parent in parents:
                 section = section.setdefault(parent, {})
             section[last] = value
         recipe = Recipe.model_validate(tree)
-        return recipe, {key: self.origins.get(key, DEFAULT) for key in flatten(recipe)}
+        origins = {key: self.origins.get(key, DEFAULT) for key in flatten(recipe)}
+        return Resolved(recipe, origins, subject, missing)
+
+    def _missing_paths(self) -> Iterator[str]:
+        """Paths that are set and that the disk shows to be wrong."""
+        for key, kind in (("backbone.id", "model"), ("data.path", self.values.get("data.source"))):
+            value = self.values.get(key)
+            if kind and value and (problem := problems.path_problem(kind, value)):
+                yield f"{self.origins[key]}: {key} = {value}: {problem}"
 
 
 @cache

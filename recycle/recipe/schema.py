@@ -1,28 +1,13 @@
-"""What a recipe may hold: typed sections, the rules between them, and the identity of a run."""
+"""What a recipe may hold: typed sections, and the rules between them."""
 
-import hashlib
-import json
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, Literal, get_args, get_origin
+from operator import attrgetter
+from typing import Annotated, Any, Literal, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic.fields import FieldInfo
 
-from .values import (
-    AtLeastTwo,
-    BackboneId,
-    Count,
-    Flag,
-    Name,
-    Packages,
-    Quantization,
-    Rate,
-    Real,
-    Seed,
-    Streams,
-    Text,
-    Whole,
-)
+from . import kinds
 
 
 class Section(BaseModel):
@@ -34,29 +19,29 @@ class Section(BaseModel):
 class Backbone(Section):
     """The frozen model that is recycled."""
 
-    id: BackboneId
+    id: kinds.BackboneId
     """Hub id, model folder, or `package://PACKAGE/FILE.gguf` for a file inside a Python package."""
-    revision: Text | None = None
+    revision: kinds.Text | None = None
     """Branch, tag or commit on the Hub; None is its newest."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Number format of the frozen weights, and the one that quantised weights compute in; auto is
     bfloat16 where the hardware computes in it, else float32. What is trained is float32."""
     attn_implementation: Literal["auto", "sdpa", "eager"] = "auto"
     """Attention code of transformers; auto is sdpa where it has that for the model, else eager."""
-    quantization: Quantization = None
+    quantization: kinds.Quantization = None
     """bitsandbytes format of the frozen weights; nf4 is doubly quantised. none is null."""
 
 
 class Method(Section):
     """How streams are made."""
 
-    nested: Flag = True
+    nested: kinds.Flag = True
     """One training run serves every P (2 is the first two streams of 8), else each has its own."""
     init: Literal["text", "random"] = "text"
     """Prefixes start from the keys and values of real text, or from random numbers."""
-    num_virtual_tokens: Count = 48
+    num_virtual_tokens: kinds.Count = 48
     """Learned prefix tokens in each stream, n in the paper."""
-    smoothing: Annotated[Real, Field(ge=0, lt=1)] = 0.1
+    smoothing: Annotated[kinds.Real, Field(ge=0, lt=1)] = 0.1
     """Share of the aggregation weights that is spread evenly, ε in the paper."""
 
 
@@ -65,76 +50,76 @@ class Data(Section):
 
     source: Literal["hub", "files", "jsonl", "stdlib"]
     """Hub data set, text files, JSON lines, or the source files of Python's standard library."""
-    path: Text | None = None
+    path: kinds.Place | None = None
     """hub: data set id; files: folder, file or glob; jsonl: file or glob."""
-    subset: Text | None = None
+    subset: kinds.Text | None = None
     """hub: configuration of the data set."""
-    split: Text = "train"
+    split: kinds.Text = "train"
     """hub: split that documents are read from (ours are cut from it)."""
-    revision: Text | None = None
+    revision: kinds.Text | None = None
     """hub: branch, tag or commit."""
-    text_field: Text = "text"
+    text_field: kinds.Text = "text"
     """hub, jsonl: field that holds the text."""
-    group_field: Text | None = None
+    group_field: kinds.Text | None = None
     """hub, jsonl: documents that are equal here (same repository) never fall into two splits."""
-    packages: Packages | None = None
+    packages: kinds.Packages | None = None
     """stdlib: top-level packages and modules; None is the fixed list in data/files.py."""
-    block_size: AtLeastTwo = 512
+    block_size: kinds.AtLeastTwo = 512
     """Tokens in a block."""
-    validation_documents: AtLeastTwo = 16
+    validation_documents: kinds.AtLeastTwo = 16
     """Documents that choices look at."""
-    test_documents: AtLeastTwo = 64
+    test_documents: kinds.AtLeastTwo = 64
     """Documents that only the final comparison reads; an honest result needs 64. They are drawn
     first: another number moves documents between test and validation."""
-    seed: Seed = 0
+    seed: kinds.Seed = 0
     """Of the split and the order."""
 
 
 class Training(Section):
     """What is learned, for how long and how fast."""
 
-    tokens: Annotated[Whole, Field(ge=0)] = 20_000_000
+    tokens: Annotated[kinds.Whole, Field(ge=0)] = 20_000_000
     """Text tokens that every adapter learns from; 0 keeps the untrained start."""
-    batch_size: Count = 8
+    batch_size: kinds.Count = 8
     """Blocks in an optimiser step."""
-    micro_batch_size: Count = 1
+    micro_batch_size: kinds.Count = 1
     """Blocks in a forward pass; divides batch_size."""
-    prefix_learning_rate: Rate
+    prefix_learning_rate: kinds.Rate
     """Of the prefixes of the streams."""
-    aggregator_learning_rate: Rate
+    aggregator_learning_rate: kinds.Rate
     """Of the aggregators."""
-    control_learning_rate: Rate
+    control_learning_rate: kinds.Rate
     """Of the control's prefix."""
-    warmup: Annotated[Real, Field(ge=0, le=1)] = 0.05
+    warmup: Annotated[kinds.Real, Field(ge=0, le=1)] = 0.05
     """Fraction of the steps in which the learning rates rise."""
     decay: Literal["cosine", "linear", "constant"] = "cosine"
     """How the learning rates fall after the warm-up."""
-    max_grad_norm: Rate = 1.0
+    max_grad_norm: kinds.Rate = 1.0
     """Gradients are clipped to this norm."""
-    loss_weights: dict[Whole, Annotated[Real, Field(ge=0)]] = {}
+    loss_weights: dict[kinds.Whole, Annotated[kinds.Real, Field(ge=0)]] = {}
     """Weight of each P in the loss of a nested family; 1 where not given."""
-    control: Flag = True
+    control: kinds.Flag = True
     """Train the control as well."""
-    gradient_checkpointing: Flag = False
+    gradient_checkpointing: kinds.Flag = False
     """Recompute activations in the backward pass: less memory, more time."""
-    checkpoint_steps: Count = 50
+    checkpoint_steps: kinds.Count = 50
     """Steps between two checkpoints."""
-    validation_steps: Count = 50
+    validation_steps: kinds.Count = 50
     """Steps between two measurements of the validation loss."""
-    seed: Seed = 0
+    seed: kinds.Seed = 0
     """Of everything random in training."""
 
 
 class Evaluation(Section):
     """The final comparison."""
 
-    batch_size: Count = 4
+    batch_size: kinds.Count = 4
     """Blocks in a forward pass."""
-    speed: Flag = True
+    speed: kinds.Flag = True
     """Measure prefill and decode speed."""
-    prompt_tokens: Count = 256
+    prompt_tokens: kinds.Count = 256
     """Prompt length of the speed measurement."""
-    new_tokens: Count = 16
+    new_tokens: kinds.Count = 16
     """Tokens decoded in it."""
 
 
@@ -148,24 +133,24 @@ class Launch(Section):
 class Output(Section):
     """Where the run folder lies; no part of a recipe's identity."""
 
-    dir: Text | None = None
+    dir: kinds.Place | None = None
     """Run folder; None is runs/<name>."""
 
 
 class Logging(Section):
     """What is written down on the way; no part of a recipe's identity."""
 
-    steps: Count = 1
+    steps: kinds.Count = 1
     """Steps between two lines of the training log."""
 
 
 class Recipe(Section):
     """Everything that decides a run."""
 
-    name: Name
+    name: kinds.Name
     """Names the run folder."""
     backbone: Backbone
-    streams: Streams
+    streams: kinds.Streams
     """The numbers of streams, P, to make adapters for, in rising order."""
     method: Method = Method()
     data: Data
@@ -176,10 +161,8 @@ class Recipe(Section):
     logging: Logging = Logging()
 
 
-OUTSIDE_IDENTITY = ("launch", "output", "logging")
-
 # Which sources a field of `data` belongs to; fields that are not here belong to all.
-_SOURCES = {
+SOURCES = {
     "path": ("hub", "files", "jsonl"),
     "subset": ("hub",),
     "split": ("hub",),
@@ -190,23 +173,17 @@ _SOURCES = {
 }
 
 
-def section_of(annotation: object) -> type[Section] | None:
-    """The section class that a field of `Recipe` holds, None where it holds a value."""
-    if isinstance(annotation, type) and issubclass(annotation, Section):
-        return annotation
-    return None
-
-
 def _fields(model: type[Section], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
     for name, info in model.model_fields.items():
-        section = section_of(info.annotation)
-        yield from _fields(section, f"{name}.") if section else [(prefix + name, info)]
+        kind = info.annotation
+        if isinstance(kind, type) and issubclass(kind, Section):
+            yield from _fields(kind, f"{name}.")
+        else:
+            yield prefix + name, info
 
 
-FIELDS: dict[str, FieldInfo] = dict(
-    _fields(Recipe)
-)  # every field that holds a value, by dotted key
-SECTIONS = tuple(name for name, info in Recipe.model_fields.items() if section_of(info.annotation))
+FIELDS = dict(_fields(Recipe))  # every field that holds a value, by dotted key
+SECTIONS = tuple(name for name in Recipe.model_fields if name not in FIELDS)
 MAPPINGS = tuple(key for key, info in FIELDS.items() if get_origin(info.annotation) is dict)
 
 
@@ -218,14 +195,10 @@ def flatten(recipe: Recipe) -> dict[str, Any]:
     """
     values: dict[str, Any] = {}
     for key in FIELDS:
-        value: Any = recipe
-        for part in key.split("."):
-            value = getattr(value, part)
-        if not belongs(key, recipe.data.source):
-            continue
+        value = attrgetter(key)(recipe)
         if key in MAPPINGS and value:
-            values.update({f"{key}.{item}": value[item] for item in sorted(value)})
-        else:
+            values |= {f"{key}.{item}": value[item] for item in sorted(value)}
+        elif belongs(key, recipe.data.source):
             values[key] = value
     return values
 
@@ -233,27 +206,7 @@ def flatten(recipe: Recipe) -> dict[str, Any]:
 def belongs(key: str, source: str) -> bool:
     """Whether the field with this dotted key does anything for this data source."""
     section, _, name = key.partition(".")
-    return section != "data" or source in _SOURCES.get(name, (source,))
-
-
-def identity(recipe: Recipe) -> str:
-    """SHA-256 (hex) of all that decides the result: everything but launch, output and logging."""
-    content = recipe.model_dump(mode="json", exclude=set(OUTSIDE_IDENTITY))
-    canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
-    return hashlib.sha256(canonical.encode()).hexdigest()
-
-
-def differing_keys(a: Recipe, b: Recipe) -> list[str]:
-    """Dotted keys in which the identities of two recipes differ, in the order of the schema."""
-    left, right = flatten(a), flatten(b)
-    keys = [*left, *(key for key in right if key not in left)]
-    return [
-        key
-        for key in keys
-        if key.partition(".")[0] not in OUTSIDE_IDENTITY
-        and key not in MAPPINGS  # their entries have keys of their own
-        and left.get(key) != right.get(key)
-    ]
+    return section != "data" or source in SOURCES.get(name, (source,))
 
 
 def contradictions(values: Mapping[str, Any], chosen: set[str]) -> Iterator[tuple[list[str], str]]:
@@ -270,11 +223,10 @@ def contradictions(values: Mapping[str, Any], chosen: set[str]) -> Iterator[tupl
 
     streams = values.get("streams")
     weights = {key: values[key] for key in values if key.startswith("training.loss_weights.")}
-    if streams:
-        for key in weights:
-            if int(key.rpartition(".")[2]) not in streams:
-                rule = "only the numbers in streams have a weight in the loss (null drops them all)"
-                yield [key, "streams"], rule
+    for key in weights:
+        if streams and int(key.rpartition(".")[2]) not in streams:
+            rule = "only the numbers in streams have a weight in the loss (null drops them all)"
+            yield [key, "streams"], rule
     if weights and values.get("method.nested") is False:
         rule = "weights share out one loss; without nesting each P has a training of its own"
         yield [*weights, "method.nested"], rule
@@ -282,31 +234,16 @@ def contradictions(values: Mapping[str, Any], chosen: set[str]) -> Iterator[tupl
         yield list(weights), "at least one weight must be over 0, or nothing is learned"
 
     source = values.get("data.source")
-    if source:
-        for name, sources in _SOURCES.items():
-            key = f"data.{name}"
-            if source not in sources and key in chosen and values.get(key) is not None:
-                takes = [field for field in Data.model_fields if belongs(f"data.{field}", source)]
-                yield (
-                    [key, "data.source"],
-                    (
-                        f"{name} belongs to {' and '.join(sources)}; "
-                        f"{source} takes {', '.join(takes)} "
-                        "(data=NAME on the command line replaces the whole section)"
-                    ),
-                )
-        if source in _SOURCES["path"] and "data.path" in values and values["data.path"] is None:
-            yield ["data.source"], f"{source} needs data.path"
+    takes = [name for name in Data.model_fields if source and belongs(f"data.{name}", source)]
+    for name, sources in SOURCES.items() if source else ():
+        key = f"data.{name}"
+        if source not in sources and key in chosen and values.get(key) is not None:
+            rule = f"{name} belongs to {' and '.join(sources)}; {source} takes {', '.join(takes)}"
+            replace = "(data=NAME on the command line replaces the whole section)"
+            yield [key, "data.source"], f"{rule} {replace}"
+    if "path" in takes and values.get("data.path", "") is None:
+        yield ["data.source"], f"{source} needs data.path"
 
     backbone_id = values.get("backbone.id", "")
     if backbone_id.startswith("package://") and values.get("backbone.revision") is not None:
         yield ["backbone.revision", "backbone.id"], "only a model on the Hub has a revision"
-
-
-def takes(key: str) -> tuple[str, ...]:
-    """The words that a field takes where it takes only some words, else nothing."""
-    words: list[str] = []
-    for part in (FIELDS[key].annotation, *get_args(FIELDS[key].annotation)):
-        words += get_args(part) if get_origin(part) is Literal else []
-        words += ["null"] if part is type(None) and words else []
-    return tuple(words)

@@ -3,73 +3,46 @@
 import io
 import json
 import re
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
 from ruamel.yaml import YAML
 
 from .consequences import notes
+from .files import MARK
 from .resolution import Resolved
-from .schema import MAPPINGS, Recipe, flatten
+from .schema import MAPPINGS, SOURCES, Recipe, flatten
 
 # Words that need no quotes in YAML: no signs with a meaning, and not one of YAML's own words.
 _WORD = re.compile(r"(?!(?:null|true|false)$)[a-z_/][\w./+-]*", re.IGNORECASE | re.ASCII)
 
 
-SAVED = "recipe.yaml"
-_MARK = "# The resolved recipe of the run in this folder, written by recycle.\n"
-
-
-def holds_run(folder: Path) -> bool:
-    """Whether a folder is a run's: its recipe.yaml is one that `dump` wrote, and not a user's."""
-    try:
-        with (folder / SAVED).open(encoding="utf-8", errors="replace") as file:
-            return file.readline() == _MARK
-    except OSError:
-        return False
-
-
 def dump(recipe: Recipe) -> str:
     """The recipe as YAML that resolves to an equal recipe, without what its data source lacks."""
-    tree: dict[Any, Any] = {}
-    for key, value in flatten(recipe).items():
-        section = tree
-        *parents, last = key.split(".")
-        for parent in parents:
-            section = section.setdefault(parent, {})
-        section[int(last) if last.isdigit() else last] = (
-            list(value) if isinstance(value, tuple) else value
-        )
+    lacking = {name for name, sources in SOURCES.items() if recipe.data.source not in sources}
     yaml = YAML(typ="safe", pure=True)
     yaml.default_flow_style = False
     yaml.allow_unicode = True
     yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
     text = io.StringIO()
-    yaml.dump(tree, text)
-    return _MARK + text.getvalue()
+    yaml.dump(recipe.model_dump(exclude={"data": lacking}), text)
+    return MARK + text.getvalue()
 
 
 def show(resolved: Resolved) -> str:
     """Every key and value of a resolved recipe, one to a line, with the origin as its comment."""
-    lines = list(_lines(resolved))
-    width = max(len(line) for line, origin in lines if origin)
-    return "\n".join(f"{line:<{width}}  # {origin}" if origin else line for line, origin in lines)
-
-
-def _lines(resolved: Resolved) -> Iterator[tuple[str, str]]:
-    """(line, origin) in order; the line that opens a section has no origin."""
-    opened: tuple[str, ...] = ()
     told = notes(resolved.recipe)
+    lines: list[tuple[str, str]] = []  # with origins; the line that opens a section has none
+    opened: list[str] = []
     for key, value in flatten(resolved.recipe).items():
         *parents, last = key.split(".")
         for depth, parent in enumerate(parents):
-            if opened[: depth + 1] != tuple(parents[: depth + 1]):
-                yield f"{'  ' * depth}{parent}:", ""
-        opened = tuple(parents)
+            if opened[: depth + 1] != parents[: depth + 1]:
+                lines.append((f"{'  ' * depth}{parent}:", ""))
+        opened = parents
         text = "{}" if key in MAPPINGS else _value(value)
         note = f"; {told[key]}" if key in told else ""
-        yield f"{'  ' * len(parents)}{last}: {text}", resolved.origins[key] + note
+        lines.append((f"{'  ' * len(parents)}{last}: {text}", resolved.origins[key] + note))
+    width = max(len(line) for line, origin in lines if origin)
+    return "\n".join(f"{line:<{width}}  # {origin}" if origin else line for line, origin in lines)
 
 
 def _value(value: object) -> str:

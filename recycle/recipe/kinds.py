@@ -78,6 +78,13 @@ def _streams(value: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(sorted(value))
 
 
+def _nameable(value: str) -> str:
+    path = value.encode(errors="replace")
+    if len(path) > 4000 or max(map(len, path.split(b"/"))) > 255:  # what a disk takes
+        raise _refuse("must be shorter: a path has at most 255 bytes in a part, and 4000 in all")
+    return value
+
+
 def _matching(pattern: str, message: str) -> AfterValidator:
     def check(value: str) -> str:
         if not re.fullmatch(pattern, value):
@@ -88,6 +95,7 @@ def _matching(pattern: str, message: str) -> AfterValidator:
 
 
 Text = Annotated[str, Field(min_length=1)]
+Place = Annotated[Text, AfterValidator(_nameable)]  # a path, or the id of what lies on the Hub
 Flag = Annotated[bool, BeforeValidator(_flag)]
 Whole = Annotated[int, BeforeValidator(_whole)]
 Real = Annotated[float, BeforeValidator(_real)]
@@ -96,16 +104,16 @@ Seed = Annotated[Whole, Field(ge=0, lt=2**32)]
 Rate = Annotated[Real, Field(gt=0)]
 AtLeastTwo = Annotated[Whole, Field(ge=2)]
 Packages = Annotated[tuple[Text, ...], BeforeValidator(_listed), Field(min_length=1)]
-Quantization = Annotated[Literal["int8", "nf4"] | None, BeforeValidator(_none)]
+Quantization = Annotated[Literal["int8", "nf4", None], BeforeValidator(_none)]
 Name = Annotated[
-    str,
+    Place,
     _matching(
         r"[a-z0-9][a-z0-9._-]*",
         "must hold a-z, 0-9, '.', '_' and '-' only and start with a letter or a digit",
     ),
 ]
 BackboneId = Annotated[
-    Text,
+    Place,
     _matching(r"(?!package://).+|package://[\w.]+/.+\.gguf", "must be package://PACKAGE/FILE.gguf"),
 ]
 Streams = Annotated[tuple[Whole, ...], BeforeValidator(_listed), AfterValidator(_streams)]
