@@ -158,8 +158,10 @@ def find_finished(
             f"evaluation and launch, {' and '.join(PRECISION)} only, got {', '.join(fixed)}."
         )
     moved = [] if backbone is None else [f"backbone.id={backbone}", "backbone.revision=null"]
-    recipe = with_absolute_paths(resolve(str(folder / RECIPE), [*overrides, *moved]).recipe)
-    return Found(recipe, folder, results.read(folder / RESULTS))
+    resolved = resolve(str(folder / RECIPE), [*overrides, *moved])
+    if resolved.missing:
+        raise RecipeError(resolved.chosen, resolved.missing)
+    return Found(with_absolute_paths(resolved.recipe), folder, results.read(folder / RESULTS))
 
 
 def kept(folder: Path) -> str:
