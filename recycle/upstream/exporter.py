@@ -41,7 +41,7 @@ def export_checkpoint(
     """Write a checkpoint that upstream's code loads; `import_checkpoint` gives the adapter back.
 
     Tensors of the streams are float32, whatever the backbone's precision. The backbone's are copied
-    by pieces from its own files, which keep their names; a Llama becomes a Qwen2 whose biases are
+    from its own files, which keep their names; a Llama becomes a Qwen2 whose biases are
     zero.
 
     Args:
@@ -58,9 +58,10 @@ def export_checkpoint(
 
     Raises:
         FamilyError: `source` is no family, or a file of it is damaged.
-        CheckpointError: There is no such P; the backbone is missing, another one than the family
-            was trained on, damaged, or no model that upstream's code computes; or `out` exists or
-            cannot be written.
+            Or the backbone is missing, or another one than the family was trained on.
+        BackboneError: A file of the backbone is damaged.
+        CheckpointError: There is no such P; the backbone is no model that upstream's code computes;
+            or `out` exists or cannot be written.
 
     Source: upstream's modeling_qwen2_parscale.py.
     """

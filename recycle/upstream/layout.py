@@ -65,17 +65,9 @@ def new_shapes(config: dict[str, Any]) -> Shapes:
 
 
 def check_tensors(held: dict[str, Stored], shapes: Shapes, where: str, what: str, do: str) -> None:
-    """Refuse tensors that are not those of a config.json.
+    """Refuse tensors that are not those of a config.json: missing, unknown or of another shape.
 
-    Args:
-        held: Where they lie.
-        shapes: What they are by config.json.
-        where: Name of the model, for errors.
-        what: What it is by config.json.
-        do: What to do about it.
-
-    Raises:
-        CheckpointError: One is missing, unknown or of another shape.
+    Errors say `where` the model is, `what` it is by its config.json, and what to `do`.
     """
     missing, more = sorted(shapes.keys() - held.keys()), sorted(held.keys() - shapes.keys())
     if missing:
