@@ -307,8 +307,12 @@ def more_than_a_qwen2(folder):
 
 def shard_elsewhere(folder):
     shard(folder)
+    (folder / "sub").mkdir()
+    (folder / "model-00001-of-00003.safetensors").rename(folder / "sub/model-00001")
     index = folder / "model.safetensors.index.json"
-    index.write_text(index.read_text().replace("model-00001", "../model-00001"))
+    index.write_text(
+        index.read_text().replace("model-00001-of-00003.safetensors", "sub/model-00001")
+    )
 
 
 def remove_shard(folder):
@@ -349,7 +353,10 @@ def cut_aggregator(folder):
 
 REFUSED = {
     "plain model": (lambda f: change_config(f, parscale_n=None), "lacks parscale_n"),
-    "one stream": (lambda f: change_config(f, parscale_n=1), "parscale_n = 1: one stream"),
+    "one stream": (
+        lambda f: change_config(f, parscale_n=1),
+        "and 9 more, which a .* parscale_n = 1 .* not",
+    ),
     "no size": (lambda f: change_config(f, hidden_size=None), "lacks hidden_size"),
     "P as text": (lambda f: change_config(f, parscale_n="2"), "whole numbers, got .*'parscale_n'"),
     "no config": (lambda f: (f / "config.json").unlink(), "has no config.json"),
@@ -365,7 +372,7 @@ REFUSED = {
     ),
     "missing shard": (
         remove_shard,
-        r"t/model-00003-of-00003.safetensors is missing; by .* tensor model\.\S+ and \d+ more",
+        r"index.json names 'model-00003-of-00003.safetensors', which is missing in .*/checkpoint",
     ),
     "false index": (
         lie_in_the_index,
@@ -392,7 +399,7 @@ REFUSED = {
         r"model.norm.weight has shape \(7,\), and by config.json it is \(64,\)",
     ),
     "more than a Qwen2": (more_than_a_qwen2, r"q_norm.weight, which a Qwen2 .* does not have"),
-    "shard elsewhere": (shard_elsewhere, r"names the shard '../model-00001.*plain file names"),
+    "shard elsewhere": (shard_elsewhere, r"names the shard 'sub/model-00001'.*plain file names"),
     "smoothing as text": (
         lambda f: change_config(f, parscale_attn_smooth="0.1"),
         "parscale_attn_smooth = '0.1'; it is a number",
@@ -402,10 +409,16 @@ REFUSED = {
         "cannot be read as a Qwen2 model's: .*num_attention_heads",
     ),
     "NaN in the backbone": (poison("model.norm.weight"), "tensor model.norm.weight has values"),
-    "missing prefix": (remove_prefix, "holds 9 prefix and aggregator tensors; 3 layers have 10"),
-    "cut prefix": (cut_prefix, r"prefix_v has shape \(2, 2, 5, 16\), .* P = 2 and n = 12"),
-    "cut aggregator": (cut_aggregator, r"aggregate_layer.0.weight has shape \(64, 64\), .* P = 2"),
-    "other P": (lambda f: change_config(f, parscale_n=4), r"has shape .* P = 4"),
+    "missing prefix": (remove_prefix, r"lacks tensor model.layers.1.self_attn.prefix_v: no file"),
+    "cut prefix": (
+        cut_prefix,
+        r"prefix_v has shape \(2, 2, 5, 16\), .* parscale_n = 2 and \w+ = 12",
+    ),
+    "cut aggregator": (
+        cut_aggregator,
+        r"aggregate_layer.0.weight has shape \(64, 64\), .* parscale_n = 2",
+    ),
+    "other P": (lambda f: change_config(f, parscale_n=4), r"has shape .* parscale_n = 4"),
 }
 
 

@@ -4,7 +4,6 @@ Reading order: `layout.py` (its names and shapes), `importer.py` and `exporter.p
 `qwen2.py` (its config.json), `checkpoint.py` and `tensors.py` (its files).
 """
 
-from .checkpoint import Checkpoint
 from .exporter import export_checkpoint
-from .importer import compare_backbone, import_checkpoint
+from .importer import import_checkpoint
 from .tensors import CheckpointError

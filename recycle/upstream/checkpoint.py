@@ -1,39 +1,36 @@
-"""Checkpoints in upstream's format: found, checked for completeness, and opened."""
+"""Folders in upstream's format and of plain models: opened, and written."""
 
 import json
 import os
+import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from copy import deepcopy
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers import Qwen2Config
+from safetensors.torch import save_file
+from torch import Tensor
 
 from recycle.backbone.source import (
     INDEX,
     SINGLE,
     TOKENIZER_FILES,
-    SourceFiles,
     fetched,
     read_config,
     source_files,
 )
-from recycle.disk import expand
 
-from .layout import first_of
-from .tensors import CheckpointError, Stored, stored_tensors
+from .layout import whole_config
+from .tensors import CheckpointError, Stored, model_tensors
 
+GENERATION = "generation_config.json"
 REQUIRED = ("parscale_n", "hidden_size", "num_hidden_layers")
-DOWNLOADED = ["*.json", "*.safetensors", *TOKENIZER_FILES]
 
 
-@dataclass(frozen=True)
-class Checkpoint:
+class Checkpoint(NamedTuple):
     """An upstream checkpoint in a local folder.
 
     Args:
@@ -51,10 +48,11 @@ class Checkpoint:
         """Open a local folder or a Hub id.
 
         Raises:
-            CheckpointError: It is no upstream checkpoint, or its files are incomplete.
+            BackboneError: There is none, or a file of it is missing or damaged.
+            CheckpointError: It is no upstream checkpoint.
         """
-        folder = fetched(source, revision, DOWNLOADED)
-        files = model_files(folder)
+        folder = fetched(source, revision, ["*.json", "*.safetensors", *TOKENIZER_FILES])
+        files = source_files(folder)
         config = read_config(files)
         required = REQUIRED if config.get("parscale_n") == 1 else (*REQUIRED, "parscale_n_tokens")
         missing = [key for key in required if key not in config]
@@ -63,89 +61,67 @@ class Checkpoint:
                 f"{source} is no checkpoint in upstream's format: its config.json (model type "
                 f"{config.get('model_type')!r}) lacks {', '.join(missing)}."
             )
-        wrong = {key: config[key] for key in required if type(config[key]) is not int}
+        wrong = {k: config[k] for k in required if type(config[k]) is not int or config[k] < 1}
         if wrong:
-            raise CheckpointError(f"{files.config} must hold whole numbers, got {wrong}.")
-        smoothing = config.get("parscale_attn_smooth", 0.01)
+            raise CheckpointError(
+                f"{files.config} must hold whole numbers, got {wrong}; each is at least 1."
+            )
+        smoothing = config.setdefault("parscale_attn_smooth", 0.01)  # as in upstream's code
         if type(smoothing) not in (int, float):
             raise CheckpointError(
                 f"{files.config} has parscale_attn_smooth = {smoothing!r}; it is a number."
             )
         try:
-            Qwen2Config.from_dict(deepcopy(config))
+            whole_config(config)
         except (StrictDataclassError, TypeError, ValueError, AttributeError) as error:
             reason = " ".join(str(error).split())
             raise CheckpointError(
                 f"{files.config} cannot be read as a Qwen2 model's: {reason}. Fetch it again."
             ) from None
-        if config["parscale_n"] < 1:
-            raise CheckpointError(
-                f"{files.config} has parscale_n = {config['parscale_n']}; it is at least 1."
-            )
         return Checkpoint(folder, config, model_tensors(files))
 
-    @property
-    def smoothing(self) -> float:
-        """ε; 0.01 where the config leaves it out, as in upstream's code."""
-        return self.config.get("parscale_attn_smooth", 0.01)
 
-    def files(self) -> dict[Path, list[Stored]]:
-        """The tensors of each file."""
-        by_file: dict[Path, list[Stored]] = {}
-        for tensor in self.tensors.values():
-            by_file.setdefault(tensor.file, []).append(tensor)
-        return by_file
+def write_model(
+    folder: Path,
+    config: dict[str, Any],
+    tensors: Mapping[str, Stored | Tensor],
+    weight_map: dict[str, str],
+) -> None:
+    """Write config.json, one file of weights at a time, and an index where they are shards.
 
-
-def model_files(model: str | Path, revision: str | None = None) -> SourceFiles:
-    """Where the files of a model's folder or Hub id lie.
-
-    Raises:
-        CheckpointError: It is no model, or its files are incomplete.
+    Args:
+        folder: Where they are written.
+        config: Content of config.json.
+        tensors: Those that are stored are copied bit for bit, and checked: raises like
+            `Stored.read`.
+        weight_map: Each tensor's file.
     """
-    folder = expand(model)
-    if (folder / INDEX).is_file() and not (folder / SINGLE).is_file():
-        _check_index(folder)
-    return source_files(model, revision)
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    files, size = set(weight_map.values()), 0
+    for file in files:
+        size += _write_weights(
+            folder / file, {n: t for n, t in tensors.items() if weight_map[n] == file}
+        )
+    if files != {SINGLE}:
+        index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
-def model_tensors(files: SourceFiles) -> dict[str, Stored]:
-    """Where each tensor of a model lies.
-
-    Raises:
-        CheckpointError: A file is damaged.
-    """
-    return {name: tensor for file in files.weights for name, tensor in stored_tensors(file).items()}
+def _write_weights(file: Path, tensors: dict[str, Stored | Tensor]) -> int:
+    """Write a safetensors file, and return the bytes of its tensors."""
+    read = {n: t.read() if isinstance(t, Stored) else t for n, t in tensors.items()}
+    save_file(read, file, metadata={"format": "pt"})
+    return sum(tensor.nbytes for tensor in read.values())
 
 
-def _check_index(folder: Path) -> None:
-    """Refuse an index whose shards are missing, or lack tensors that it says they hold."""
-    shards: dict[str, list[str]] = {}
-    try:
-        for name, file in json.loads((folder / INDEX).read_bytes())["weight_map"].items():
-            shards.setdefault(file, []).append(name)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(
-            f"{folder / INDEX} is no index of shards ({error}). Fetch it again."
-        ) from None
-    for file, names in sorted(shards.items()):
-        if Path(file).name != file:
-            raise CheckpointError(
-                f"{folder / INDEX} names the shard {file!r}; shards lie beside it, under plain "
-                "file names."
-            )
-        if not (folder / file).is_file():
-            raise CheckpointError(
-                f"{folder / file} is missing; by {INDEX} it holds tensor {first_of(names)}. Fetch "
-                "that file."
-            )
-        held = stored_tensors(folder / file)
-        lacking = [name for name in names if name not in held]
-        if lacking:
-            raise CheckpointError(
-                f"{folder / file} lacks tensor {first_of(lacking)}, which by {INDEX} it holds. "
-                "Fetch both files again."
-            )
+def copy_files(source: Path, target: Path, patterns: tuple[str, ...]) -> bool:
+    """Copy the files whose names match; whether there were any."""
+    found = {file for pattern in patterns for file in source.glob(pattern) if file.is_file()}
+    for file in found:
+        copied = target / file.relative_to(source)
+        copied.parent.mkdir(exist_ok=True)
+        shutil.copy(file, copied)
+    return bool(found)
 
 
 @contextmanager

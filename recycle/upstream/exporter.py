@@ -7,35 +7,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recycle.backbone.source import (
-    INDEX,
-    SINGLE,
-    TOKENIZER_FILES,
-    SourceFiles,
-    fetched,
-    read_config,
-)
+from recycle.backbone.source import SINGLE, TOKENIZER_FILES, fetched, read_config
 from recycle.disk import expand
 from recycle.family import Family, find_backbone, find_folder, read_members
 from recycle.family.folder import Member
 from recycle.family.record import listed
 
-from .checkpoint import check_new, model_tensors, new_folder
+from .checkpoint import GENERATION, check_new, copy_files, new_folder, write_model
 from .layout import (
     BIASES,
     EMBEDDING,
-    GENERATION,
     HEAD,
-    Sizes,
-    backbone_names,
-    copy_files,
-    first_of,
+    check_tensors,
     new_shapes,
     our_name,
+    qwen2_shapes,
     to_theirs,
 )
 from .qwen2 import upstream_config
-from .tensors import CheckpointError, Stored, difference, write_tensors
+from .tensors import CheckpointError, Stored, difference, model_tensors
 
 STREAMS_FILE = "model-parscale.safetensors"  # beside the shards of a backbone that has several
 
@@ -51,7 +41,7 @@ def export_checkpoint(
     """Write a checkpoint that upstream's code loads; `import_checkpoint` gives the adapter back.
 
     Tensors of the streams are float32, whatever the backbone's precision. The backbone's are copied
-    by pieces from its own files, which keep their names; a Llama becomes a Qwen2 whose biases are
+    from its own files, which keep their names; a Llama becomes a Qwen2 whose biases are
     zero.
 
     Args:
@@ -68,9 +58,10 @@ def export_checkpoint(
 
     Raises:
         FamilyError: `source` is no family, or a file of it is damaged.
-        CheckpointError: There is no such P; the backbone is missing, another one than the family
-            was trained on, damaged, or no model that upstream's code computes; or `out` exists or
-            cannot be written.
+            Or the backbone is missing, or another one than the family was trained on.
+        BackboneError: A file of the backbone is damaged.
+        CheckpointError: There is no such P; the backbone is no model that upstream's code computes;
+            or `out` exists or cannot be written.
 
     Source: upstream's modeling_qwen2_parscale.py.
     """
@@ -81,20 +72,31 @@ def export_checkpoint(
     p = _chosen_p(family, p, str(source))
     member = next(m for m in read_members(folder, family) if p in (m.config.p_values or []))
     files = find_backbone(folder, member.config, str(source), backbone)
-    held = model_tensors(files)
     raw = read_config(files)
-    llama = raw.get("model_type") == "llama"
-    config = upstream_config(raw, files.id, _dtype_name(held)) | {
+    config = upstream_config(raw, files.id)
+    llama = raw["model_type"] == "llama"
+    kept = _backbone_tensors(model_tensors(files), config, llama, files.id)
+    dtype = str(kept[EMBEDDING].mapped().dtype).removeprefix("torch.")
+    config |= {
+        "torch_dtype": config["torch_dtype"] or dtype,
         "parscale_n": p,
         "parscale_n_tokens": member.config.num_virtual_tokens,
         "parscale_attn_smooth": member.config.smoothing,
     }
-    new = _stream_tensors(member, Sizes.of(config), folder)
-    kept = _backbone_tensors(held, config, llama, files.id)
-    companions = _companions(files)
+    tensors: dict[str, Stored | Tensor] = {**kept}
+    weight_map = {name: tensor.file.name for name, tensor in kept.items()}
+    for name, tensor in kept.items():
+        bias = name.removesuffix("weight") + "bias"
+        if llama and bias.endswith(BIASES):
+            tensors[bias] = torch.zeros_like(tensor.mapped()[:, 0])
+            weight_map[bias] = tensor.file.name
+    new = _stream_tensors(member, config, folder)
+    weight_map |= dict.fromkeys(new, SINGLE if SINGLE in weight_map.values() else STREAMS_FILE)
+    # The folder with its tokenizer, which is fetched if it lies on the Hub.
+    wanted = [*TOKENIZER_FILES, GENERATION]
+    companions = fetched(files.id, files.revision, wanted, {"local_files_only": files.local_only})
     with new_folder(out) as written:
-        _write_weights(written, files, kept, new, llama)
-        (written / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        write_model(written, config, tensors | new, weight_map)
         if not copy_files(companions, written, TOKENIZER_FILES):
             copy_files(folder, written, TOKENIZER_FILES)
         copy_files(companions, written, (GENERATION,))
@@ -118,16 +120,11 @@ def _chosen_p(family: Family, p: int | None, source: str) -> int:
     return max(family.p_values) if p is None else p
 
 
-def _dtype_name(held: dict[str, Stored]) -> str:
-    dtype = held[EMBEDDING].dtype if EMBEDDING in held else torch.float32
-    return str(dtype).removeprefix("torch.")
-
-
-def _stream_tensors(member: Member, sizes: Sizes, folder: Path) -> dict[str, Tensor]:
+def _stream_tensors(member: Member, config: dict[str, Any], folder: Path) -> dict[str, Tensor]:
     """The first P streams and their aggregator, under upstream's names and in its layout."""
-    new = {}
-    for name, shape in new_shapes(sizes).items():
-        ours = our_name(name, sizes.p)
+    p, new = config["parscale_n"], {}
+    for name, shape in new_shapes(config).items():
+        ours = our_name(name, p)
         if ours not in member.state:
             raise CheckpointError(
                 f"{folder}: adapter {member.name!r} lacks tensor {ours}, which an adapter on a "
@@ -135,63 +132,35 @@ def _stream_tensors(member: Member, sizes: Sizes, folder: Path) -> dict[str, Ten
             )
         tensor = member.state[ours]
         if "prefix_" in name:
-            tensor = tensor[: sizes.p]
+            tensor = tensor[:p]
         if tensor.shape != shape:
             raise CheckpointError(
                 f"{folder}: tensor {ours} has shape {tuple(tensor.shape)}, and this backbone takes "
                 f"{shape}. Name the backbone that it was trained on with --backbone."
             )
-        new[name] = to_theirs(name, tensor, sizes.p)
+        new[name] = to_theirs(name, tensor, p)
     return new
 
 
 def _backbone_tensors(
     held: dict[str, Stored], config: dict[str, Any], llama: bool, where: str
 ) -> dict[str, Stored]:
-    """The backbone's tensors that are stored; a tied head and computed ones are left out."""
-    kept = {n: t for n, t in held.items() if not n.endswith("rotary_emb.inv_freq")}
-    if config["tie_word_embeddings"] and HEAD in kept:
-        head, embedding = kept.pop(HEAD), kept[EMBEDDING]
-        if head.shape != embedding.shape or difference(head, embedding):
-            raise CheckpointError(
-                f"{where} says that its output head is its embedding (tie_word_embeddings), and "
-                f"{head.file} holds another one, {HEAD}: it is not certain which of the two "
-                "upstream's code takes. Use this adapter with recycle.load."
-            )
-    names = backbone_names(config["num_hidden_layers"], config["tie_word_embeddings"])
+    """The backbone's tensors, checked; a tied head is left out."""
+    shapes = qwen2_shapes(config, held)
     if llama:
-        names = {name for name in names if not name.endswith(".bias")}
-    for differing, what in ((names - kept.keys(), "lacks"), (kept.keys() - names, "also has")):
-        if differing:
-            raise CheckpointError(
-                f"{where} {what} tensor {first_of(sorted(differing))}: it is not what its "
-                "config.json says. Use this adapter with recycle.load."
-            )
-    return kept
-
-
-def _write_weights(
-    folder: Path,
-    files: SourceFiles,
-    kept: dict[str, Stored],
-    new: dict[str, Tensor],
-    llama: bool,
-) -> None:
-    """Write one file for each of the backbone's; a single one takes the streams as well."""
-    by_file: dict[str, dict[str, Stored | Tensor]] = {}
-    for name, tensor in kept.items():
-        tensors = by_file.setdefault(tensor.file.name, {})
-        tensors[name] = tensor
-        bias = name.removesuffix("weight") + "bias"
-        if llama and bias.endswith(BIASES):
-            tensors[bias] = torch.zeros(tensor.shape[0], dtype=tensor.dtype)
-    single = files.weights[0].name == SINGLE
-    by_file.setdefault(SINGLE if single else STREAMS_FILE, {}).update(new)
-    size = sum(write_tensors(folder / file, tensors) for file, tensors in by_file.items())
-    if not single:
-        weight_map = {name: file for file, tensors in by_file.items() for name in tensors}
-        index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
-        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        shapes = {name: shape for name, shape in shapes.items() if not name.endswith(BIASES)}
+    what = "the Llama model" if llama else "the Qwen2 model"
+    check_tensors(held, shapes, where, what, "Use this adapter with recycle.load.")
+    if not config["tie_word_embeddings"] or HEAD not in held:
+        return held
+    head, embedding = held.pop(HEAD), held[EMBEDDING]
+    if difference(head, embedding):
+        raise CheckpointError(
+            f"{where} says that its output head is its embedding (tie_word_embeddings), and "
+            f"{head.file} holds another one, {HEAD}: it is not certain which of the two "
+            "upstream's code takes. Use this adapter with recycle.load."
+        )
+    return held
 
 
 def _name_tokenizer_class(folder: Path) -> None:
@@ -202,9 +171,3 @@ def _name_tokenizer_class(folder: Path) -> None:
         if config.get("tokenizer_class") == "TokenizersBackend":
             config["tokenizer_class"] = "PreTrainedTokenizerFast"
             file.write_text(json.dumps(config, indent=2) + "\n")
-
-
-def _companions(files: SourceFiles) -> Path:
-    """The folder with the backbone's tokenizer, which is fetched if it lies on the Hub."""
-    wanted = [*TOKENIZER_FILES, GENERATION]
-    return fetched(files.id, files.revision, wanted, {"local_files_only": files.local_only})

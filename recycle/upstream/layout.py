@@ -7,71 +7,89 @@ layer reads the streams' concatenation with the stream innermost (`d*P + i`), ou
 outermost (`i*D + d`).
 """
 
-import re
-import shutil
-from collections.abc import Iterator
 from copy import deepcopy
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+import torch
 from torch import Tensor
-from transformers import Qwen2Config
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
-FIRST_AGGREGATOR = "model.aggregate_layer.0.weight"
+from .tensors import CheckpointError, Stored
+
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 BIASES = tuple(f"self_attn.{kind}_proj.bias" for kind in "qkv")  # that a Llama lacks
-GENERATION = "generation_config.json"
 
-_NEW = re.compile(
-    r"model\.(layers\.\d+\.self_attn\.prefix_[kv]|aggregate_layer\.[02]\.(weight|bias))"
-)
+_FIRST_AGGREGATOR = "model.aggregate_layer.0.weight"
 _OURS = "base_model.model.model"
 
-
-class Sizes(NamedTuple):
-    """What the shapes of a checkpoint's tensors are made of."""
-
-    p: int
-    n: int
-    num_key_value_heads: int
-    head_dim: int
-    width: int
-    layers: int
-
-    @staticmethod
-    def of(config: dict[str, Any]) -> "Sizes":
-        """From a config.json in upstream's format."""
-        whole = Qwen2Config.from_dict(deepcopy(config))  # it changes what lies inside
-        head_dim = config.get("head_dim") or whole.hidden_size // whole.num_attention_heads
-        return Sizes(
-            config["parscale_n"],
-            config["parscale_n_tokens"],
-            whole.num_key_value_heads,
-            head_dim,
-            whole.hidden_size,
-            whole.num_hidden_layers,
-        )
+Shapes = dict[str, tuple[int, ...]]
 
 
-def is_new(name: str) -> bool:
-    """Whether a tensor is one of those that upstream adds to Qwen2's."""
-    return bool(_NEW.fullmatch(name))
+def whole_config(config: dict[str, Any]) -> Qwen2Config:
+    """A config.json with transformers' defaults filled in."""
+    return Qwen2Config.from_dict(deepcopy(config))  # it changes what lies inside
 
 
-def new_shapes(sizes: Sizes) -> dict[str, tuple[int, ...]]:
-    """The shape of every tensor that upstream adds."""
-    p, n, num_key_value_heads, head_dim, width, layers = sizes
+def qwen2_shapes(config: dict[str, Any], held: dict[str, Stored]) -> Shapes:
+    """The shape of every tensor of the Qwen2 model that a config.json describes.
+
+    A head that is tied to the embedding counts where it is among the tensors `held`.
+    """
+    with torch.device("meta"):
+        model = Qwen2ForCausalLM(whole_config(config))
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    if model.config.tie_word_embeddings and HEAD not in held:
+        del shapes[HEAD]
+    return shapes
+
+
+def new_shapes(config: dict[str, Any]) -> Shapes:
+    """The shape of every tensor that upstream adds; to one stream it adds none."""
+    whole = whole_config(config)
+    p, width = config["parscale_n"], whole.hidden_size
+    if p == 1:
+        return {}
+    head_dim = config.get("head_dim") or width // whole.num_attention_heads
+    prefix = (p, whole.num_key_value_heads, config["parscale_n_tokens"], head_dim)
     prefixes = {
-        f"model.layers.{layer}.self_attn.prefix_{kind}": (p, num_key_value_heads, n, head_dim)
-        for layer in range(layers)
+        f"model.layers.{layer}.self_attn.prefix_{kind}": prefix
+        for layer in range(whole.num_hidden_layers)
         for kind in "kv"
     }
     return prefixes | {
-        FIRST_AGGREGATOR: (width, p * width),
+        _FIRST_AGGREGATOR: (width, p * width),
         "model.aggregate_layer.0.bias": (width,),
         "model.aggregate_layer.2.weight": (p, width),
         "model.aggregate_layer.2.bias": (p,),
     }
+
+
+def check_tensors(held: dict[str, Stored], shapes: Shapes, where: str, what: str, do: str) -> None:
+    """Refuse tensors that are not those of a config.json: missing, unknown or of another shape.
+
+    Errors say `where` the model is, `what` it is by its config.json, and what to `do`.
+    """
+    missing, more = sorted(shapes.keys() - held.keys()), sorted(held.keys() - shapes.keys())
+    if missing:
+        raise CheckpointError(
+            f"{where} lacks tensor {_first_of(missing)}: no file of it holds what {what} of its "
+            f"config.json has. {do}"
+        )
+    if more:
+        raise CheckpointError(
+            f"{held[more[0]].file} holds tensor {_first_of(more)}, which {what} of its config.json "
+            f"does not have. {do}"
+        )
+    for name, tensor in held.items():
+        if tensor.shape != shapes[name]:
+            raise CheckpointError(
+                f"{tensor.file}: tensor {name} has shape {tensor.shape}, and by config.json it is "
+                f"{shapes[name]} in {what}. {do}"
+            )
+
+
+def _first_of(names: list[str]) -> str:
+    return names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")
 
 
 def our_name(name: str, p: int) -> str:
@@ -86,48 +104,16 @@ def our_name(name: str, p: int) -> str:
 
 def to_ours(name: str, tensor: Tensor, p: int) -> Tensor:
     """A tensor that upstream adds, in our layout: float32, the stream outermost."""
-    tensor = tensor.float()
-    if name == FIRST_AGGREGATOR:
-        width = tensor.shape[0]
-        tensor = tensor.view(width, width, p).transpose(1, 2).reshape(width, p * width)
-    return tensor.contiguous()
+    return _swapped(name, tensor, len(tensor), p)
 
 
 def to_theirs(name: str, tensor: Tensor, p: int) -> Tensor:
     """The inverse of `to_ours`: float32, the stream innermost."""
+    return _swapped(name, tensor, p, len(tensor))
+
+
+def _swapped(name: str, tensor: Tensor, outer: int, inner: int) -> Tensor:
     tensor = tensor.float()
-    if name == FIRST_AGGREGATOR:
-        width = tensor.shape[0]
-        tensor = tensor.view(width, p, width).transpose(1, 2).reshape(width, width * p)
+    if name == _FIRST_AGGREGATOR:
+        tensor = tensor.unflatten(1, (outer, inner)).transpose(1, 2).flatten(1)
     return tensor.contiguous()
-
-
-def backbone_names(layers: int, tied: bool) -> set[str]:
-    """The tensors of a Qwen2 model; a tied output head is the embedding and none of its own."""
-    return {EMBEDDING, "model.norm.weight", *([] if tied else [HEAD])} | {
-        f"model.layers.{layer}.{leaf}" for layer in range(layers) for leaf in _layer_leaves()
-    }
-
-
-def _layer_leaves() -> Iterator[str]:
-    yield from ("input_layernorm.weight", "post_attention_layernorm.weight")
-    yield "self_attn.o_proj.weight"
-    for kind in "qkv":
-        yield from (f"self_attn.{kind}_proj.weight", f"self_attn.{kind}_proj.bias")
-    for kind in ("gate", "up", "down"):
-        yield f"mlp.{kind}_proj.weight"
-
-
-def first_of(names: list[str]) -> str:
-    """The first of some names, and how many more there are."""
-    return names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")
-
-
-def copy_files(source: Path, target: Path, patterns: tuple[str, ...]) -> bool:
-    """Copy the files whose names match; whether there were any."""
-    found = {file for pattern in patterns for file in source.glob(pattern) if file.is_file()}
-    for file in found:
-        copied = target / file.relative_to(source)
-        copied.parent.mkdir(exist_ok=True)
-        shutil.copy(file, copied)
-    return bool(found)

@@ -23,33 +23,16 @@ UPSTREAM = {
     },
 }
 VERSION = "4.51.3"  # of transformers, which upstream's code runs with and this format is of
-_KEYS = (
-    "attention_dropout",
-    "bos_token_id",
-    "eos_token_id",
-    "hidden_act",
-    "hidden_size",
-    "initializer_range",
-    "intermediate_size",
-    "max_position_embeddings",
-    "num_attention_heads",
-    "num_hidden_layers",
-    "num_key_value_heads",
-    "pad_token_id",
-    "rms_norm_eps",
-    "tie_word_embeddings",
-    "use_cache",
-    "vocab_size",
-)
+# What Qwen2 of 4.51 has under the same name, or is written anew below.
+_KEYS = Qwen2Config.__annotations__.keys() - {"layer_types", "rope_parameters"}
 
 
-def upstream_config(raw: dict[str, Any], where: str, dtype: str) -> dict[str, Any]:
+def upstream_config(raw: dict[str, Any], where: str) -> dict[str, Any]:
     """A backbone's config.json in upstream's format, without the keys of the streams.
 
     Args:
         raw: Content of the backbone's config.json, as any version of transformers writes it.
         where: Name of the backbone, for errors.
-        dtype: What to load it in, where its config does not say.
 
     Raises:
         CheckpointError: Upstream's code does not compute this model; names every reason.
@@ -81,7 +64,7 @@ def upstream_config(raw: dict[str, Any], where: str, dtype: str) -> dict[str, An
         "sliding_window": raw.get("sliding_window"),
         "rope_theta": rope["rope_theta"],
         "rope_scaling": _rope_scaling(rope, whole.max_position_embeddings),
-        "torch_dtype": raw.get("torch_dtype") or raw.get("dtype") or dtype,
+        "torch_dtype": raw.get("torch_dtype") or raw.get("dtype"),
         "transformers_version": VERSION,
     }
     if str(raw.get("transformers_version")).startswith("4."):

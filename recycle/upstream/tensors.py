@@ -1,133 +1,112 @@
-"""Tensors in safetensors files, checked, compared and copied by pieces of a few megabytes.
+"""Tensors in safetensors files: found, mapped into memory, checked and compared.
 
-What is done to a model this way needs no memory to speak of, however large its files are. The
-library's own functions map or copy whole files: measured on shards of at most 44 MB, importing and
-comparing peaked at 51 and 76 MB with safetensors 0.8 and at twice a shard with 0.7, and here at 23
-and 29 MB (pytest tests/test_export.py -k peak).
+A mapped tensor takes memory only while it is held, and of its file only what was looked at. A shard
+is written whole, so that is what import and export take, and comparing a few megabytes. Measured on
+shards of at most 44 MB: 53, 55 and 29 MB (pytest tests/test_export.py -k peak).
 """
 
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
 from math import prod
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from recycle.backbone.header import damaged, read_header
+from recycle.backbone.source import INDEX, SINGLE, SourceFiles
 from recycle.errors import RecycleError
 
-PIECE_BYTES = 1 << 22
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+PIECE = 1 << 20  # values that are looked at together
+DTYPES = (
+    *("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"),
+    *("I64", "I32", "I16", "I8", "U8", "BOOL"),
+)
 
 
 class CheckpointError(RecycleError):
     """A checkpoint cannot be read or written, or its backbone is another model."""
 
 
-@dataclass(frozen=True)
-class Stored:
-    """A tensor where it lies in a safetensors file, from byte `start` to `end`."""
+class Stored(NamedTuple):
+    """A tensor where it lies in a safetensors file."""
 
     file: Path
     name: str
-    dtype: torch.dtype
     shape: tuple[int, ...]
-    start: int
-    end: int
 
-    def pieces(self) -> Iterator[Tensor]:
-        """The values in their order, `[≤ 4 MB]` at a time.
+    def mapped(self, start: int = 0, stop: int | None = None) -> Tensor:
+        """The tensor, or those rows of it, mapped from its file.
 
         Raises:
+            BackboneError: The file is damaged.
+        """
+        try:
+            with safe_open(self.file, "pt") as opened:
+                rows: Tensor = opened.get_slice(self.name)[start:stop]
+        except SafetensorError as error:
+            raise damaged(self.file, str(error)) from None
+        return rows
+
+    def pieces(self) -> Iterator[Tensor]:
+        """A few rows at a time, checked. Each is mapped anew: those before take no memory.
+
+        Raises:
+            BackboneError: The file is damaged.
             CheckpointError: A value is not finite.
         """
-        with self.file.open("rb") as stream:
-            stream.seek(self.start)
-            for start in range(self.start, self.end, PIECE_BYTES):
-                data = bytearray(stream.read(min(PIECE_BYTES, self.end - start)))
-                piece = torch.frombuffer(data, dtype=self.dtype)
-                if not _is_finite(piece):
-                    raise CheckpointError(
-                        f"{self.file}: tensor {self.name} has values that are not finite. Fetch "
-                        "the file again; if they are still there, the model is broken."
-                    )
-                yield piece
+        many = max(1, PIECE // prod(self.shape[1:]))
+        for start in range(0, self.shape[0], many):
+            piece = self.mapped(start, start + many)
+            if not _is_finite(piece):
+                raise CheckpointError(
+                    f"{self.file}: tensor {self.name} has values that are not finite. Fetch the "
+                    "file again; if they are still there, the model is broken."
+                )
+            yield piece
 
     def read(self) -> Tensor:
-        """The whole tensor; raises like `pieces`."""
-        whole = torch.empty(prod(self.shape), dtype=self.dtype)
-        start = 0
-        for piece in self.pieces():
-            whole[start : start + len(piece)] = piece
-            start += len(piece)
-        return whole.view(self.shape)
+        """The whole tensor, checked and mapped; raises like `pieces`."""
+        for _ in self.pieces():
+            pass
+        return self.mapped()
 
 
-def stored_tensors(file: Path) -> dict[str, Stored]:
-    """The tensors of a safetensors file by name, from its header.
+def model_tensors(files: SourceFiles) -> dict[str, Stored]:
+    """Where each tensor of a model lies; those that the model computes itself are left out.
 
     Raises:
-        CheckpointError: The file is damaged; says in which tensor.
+        BackboneError: A file is damaged; says in which tensor.
+        CheckpointError: The index of the shards is not true of them, or a tensor is of a type
+            that no weights are of.
     """
-    try:
-        found = {
-            name: Stored(file, name, DTYPES[entry.dtype], entry.shape, entry.start, entry.end)
-            for name, entry in read_header(file).items()
-        }
-        for x in found.values():
-            if x.end - x.start != prod(x.shape) * x.dtype.itemsize:
-                raise damaged(file, f"shape and size of tensor {x.name} in its header differ")
-    except KeyError as error:
-        raise CheckpointError(
-            f"{file} has tensors of type {error}, and known are {', '.join(DTYPES)}."
-        ) from None
-    return found
-
-
-def write_tensors(file: Path, tensors: Mapping[str, Stored | Tensor]) -> int:
-    """Write a new safetensors file and return the bytes of its tensors.
-
-    Stored tensors are copied bit for bit, and checked on the way: raises like `Stored.pieces`.
-    """
-    # Wide types first, as safetensors itself orders them: every tensor is aligned.
-    names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    size = 0
-    for name in names:
-        tensor = tensors[name]
-        end = size + prod(tensor.shape) * tensor.dtype.itemsize
-        header[name] = {
-            "dtype": _NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [size, end],
-        }
-        size = end
-    encoded = json.dumps(header, separators=(",", ":")).encode()
-    encoded += b" " * (-len(encoded) % 8)
-    with file.open("xb") as stream:
-        stream.write(len(encoded).to_bytes(8, "little") + encoded)
-        for name in names:
-            tensor = tensors[name]
-            pieces = tensor.pieces() if isinstance(tensor, Stored) else [tensor.flatten()]
-            for piece in pieces:
-                stream.write(piece.view(torch.uint8).numpy().data)
-    return size
+    headers = {file: read_header(file) for file in files.weights}
+    folder = files.config.parent
+    if folder / SINGLE not in headers:
+        for name, shard in json.loads((folder / INDEX).read_bytes())["weight_map"].items():
+            if Path(shard).name != shard:
+                raise CheckpointError(
+                    f"{folder / INDEX} names the shard {shard!r}; shards lie beside it, under "
+                    "plain file names."
+                )
+            if name not in headers[folder / shard]:
+                raise CheckpointError(
+                    f"{folder / shard} lacks tensor {name}, which by {INDEX} it holds. Fetch both "
+                    "files again."
+                )
+    held = {}
+    for file, header in headers.items():
+        for name, entry in header.items():
+            if entry.dtype not in DTYPES:
+                raise CheckpointError(
+                    f"{file}: tensor {name} is of type {entry.dtype!r}, and known are "
+                    f"{', '.join(DTYPES)}."
+                )
+            if not name.endswith("rotary_emb.inv_freq"):
+                held[name] = Stored(file, name, entry.shape)
+    return held
 
 
 def difference(ours: Stored, theirs: Stored) -> float:
@@ -135,31 +114,22 @@ def difference(ours: Stored, theirs: Stored) -> float:
 
     It is 0 where they are the same in that precision. Raises like `Stored.pieces`.
     """
-    dtype = min(ours.dtype, theirs.dtype, key=lambda dtype: dtype.itemsize)
     largest = 0.0
-    for a, b in _side_by_side(ours, theirs):
-        if not torch.equal(a.to(dtype), b.to(dtype)):
+    for a, b in zip(ours.pieces(), theirs.pieces(), strict=True):
+        dtype = min(a.dtype, b.dtype, key=lambda dtype: dtype.itemsize)
+        if not torch.equal(_comparable(a.to(dtype)), _comparable(b.to(dtype))):
             largest = max(largest, (a.double() - b.double()).abs().max().item())
     return largest
 
 
-def _side_by_side(ours: Stored, theirs: Stored) -> Iterator[tuple[Tensor, Tensor]]:
-    """Pieces of the same values; pieces of a wider type hold fewer."""
-    if ours.dtype.itemsize < theirs.dtype.itemsize:
-        yield from ((a, b) for b, a in _side_by_side(theirs, ours))
-        return
-    many = theirs.pieces()
-    held = torch.empty(0, dtype=theirs.dtype)
-    for piece in ours.pieces():
-        if not len(held):
-            held = next(many)
-        yield piece, held[: len(piece)]
-        held = held[len(piece) :]
+def _comparable(piece: Tensor) -> Tensor:
+    """What torch compares: it does not know how to with one byte's floating point."""
+    one_byte = piece.is_floating_point() and piece.dtype.itemsize == 1
+    return piece.float() if one_byte else piece
 
 
 def _is_finite(piece: Tensor) -> bool:
-    if not piece.dtype.is_floating_point:
+    if not piece.is_floating_point():
         return True
-    wide = piece.float() if piece.dtype.itemsize == 1 else piece
     # The extremes are NaN if any value is. Measured: five times as fast as isfinite on them all.
-    return all(bool(torch.isfinite(extreme)) for extreme in torch.aminmax(wide))
+    return all(bool(torch.isfinite(extreme)) for extreme in torch.aminmax(_comparable(piece)))
