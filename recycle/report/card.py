@@ -35,7 +35,7 @@ def render_card(results: Results) -> str:
     backbone, data = results.backbone, results.data
     streams = sorted(model.num_streams for model in results.models if model.num_streams > 1)
     largest, smallest = streams[-1], streams[0]
-    trained_on = backbone if results.first is None else results.first
+    trained_on = results.first or backbone
     tokens = (f"{_trained(training)}: {training.tokens:,}" for training in results.training)
     return join_blocks(
         f"---\n{_metadata(results)}\n---",

@@ -1,10 +1,14 @@
-"""The report: the result, and how it was made."""
+"""The report: the result, and how it was made; and all files of it, in the run folder."""
 
 import json
+from pathlib import Path
 
+from recycle.disk import write_atomically
 from recycle.results import Results
 
+from .card import render_card
 from .markdown import escape, facts, fence, format_table, join_blocks, one_line
+from .plots import plot_loss_vs_streams, plot_loss_vs_tokens
 from .publication import hide_folders
 from .result import render_result
 
@@ -17,6 +21,23 @@ TRAINING_COLUMNS = (
     "text tokens/s",
     "stream tokens/s",
 )
+
+
+def write_report(results: Results, folder: Path) -> None:
+    """Write report.md, README.md (the model card), loss_vs_tokens.png and loss_vs_streams.png.
+
+    Everything is made before anything is written, and each file is replaced as a whole.
+    Needs matplotlib (extra `train`).
+    """
+    contents = {
+        "loss_vs_tokens.png": plot_loss_vs_tokens(results),
+        "loss_vs_streams.png": plot_loss_vs_streams(results),
+        "report.md": render_report(results).encode(),
+        "README.md": render_card(results).encode(),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in contents.items():
+        write_atomically(folder / name, content)
 
 
 def render_report(results: Results) -> str:
