@@ -57,14 +57,9 @@ def plot_loss_vs_streams(results: Results) -> bytes:
     that ends far from zero tells a P from the control.
     """
     other = CONTROL if any(model.name == CONTROL for model in results.models) else BACKBONE
-    p_values = [model.num_streams for model in results.models if model.num_streams > 1]
-    shown = [  # one that is not finite leaves a gap
-        (model.num_streams, difference.mean, difference.standard_error or 0.0)
-        for model in results.models
-        if model.num_streams > 1
-        and (difference := model.minus_control or model.minus_backbone) is not None
-    ]
-    points, means, errors = zip(*shown, strict=True)
+    models = [model for model in results.models if model.num_streams > 1]
+    p_values = [model.num_streams for model in models]
+    differences = [x for model in models if (x := model.minus_control or model.minus_backbone)]
     figure, axes = _axes(
         results,
         "P (parallel streams)",
@@ -72,9 +67,9 @@ def plot_loss_vs_streams(results: Results) -> bytes:
     )
     axes.axhline(0, color=ORANGE if other == CONTROL else GREY, linestyle="--", label=other)
     axes.errorbar(
-        points,
-        means,
-        yerr=errors,
+        p_values,
+        [x.mean for x in differences],  # one that is not finite leaves a gap
+        yerr=[x.standard_error or 0.0 for x in differences],
         color=BLUES[1],
         marker="o",
         capsize=4,
