@@ -112,7 +112,6 @@ class Bars(Silent):
     """A bar for each step, in a terminal."""
 
     def __init__(self, console: Console) -> None:
-        self.console = console
         self._bars = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -143,4 +142,4 @@ class Bars(Silent):
             self._bars.update(self._task, loss=f"loss {loss:.3f}")
 
     def say(self, line: str) -> None:
-        self.console.print(line)
+        self._bars.print(line)

@@ -30,14 +30,9 @@ def plot_loss_vs_tokens(results: Results) -> bytes:
     blues = iter(BLUES)
     for name, points in curves.items():
         control = name == CONTROL
-        axes.plot(
-            *zip(*points, strict=True),
-            color=ORANGE if control else next(blues, BLUES[-1]),
-            linestyle="--" if control else "-",
-            marker="o",
-            markersize=4,
-            label=name,
-        )
+        color = ORANGE if control else next(blues, BLUES[-1])
+        line = "o--" if control else "o-"
+        axes.plot(*zip(*points, strict=True), line, color=color, markersize=4, label=name)
     axes.set_xlim(right=max(1, axes.get_xlim()[1]))  # of a run of no tokens as well
     axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10], integer=True))
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
