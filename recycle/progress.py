@@ -2,7 +2,6 @@
 
 import threading
 import time
-from types import TracebackType
 from typing import Self
 
 from rich.console import Console
@@ -19,12 +18,7 @@ class Silent:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         """The last step has ended."""
 
     def start(self, name: str, total: int | None = None, done: int = 0) -> None:
@@ -66,7 +60,7 @@ class Lines(Silent):
         self._thread.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *error: object) -> None:
         self._over.set()
         self._thread.join()
 
@@ -118,7 +112,6 @@ class Bars(Silent):
     """A bar for each step, in a terminal."""
 
     def __init__(self, console: Console) -> None:
-        self.console = console
         self._bars = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -134,7 +127,7 @@ class Bars(Silent):
         self._bars.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *error: object) -> None:
         self._bars.stop()
 
     def start(self, name: str, total: int | None = None, done: int = 0) -> None:
@@ -149,4 +142,4 @@ class Bars(Silent):
             self._bars.update(self._task, loss=f"loss {loss:.3f}")
 
     def say(self, line: str) -> None:
-        self.console.print(line)
+        self._bars.print(line)

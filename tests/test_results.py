@@ -243,7 +243,7 @@ def test_losses_that_are_not_finite_are_kept_and_said(tmp_path: Path, broken: fl
     both = paired_difference([broken, 1.0, 2.0], [1.0, broken, 2.0])
     assert math.isnan(both.mean)
     assert both.standard_error is None
-    assert "\n".join(shown_at(80, again)).count("notfinite") == 4
+    assert "\n".join(shown_at(80, again)).count("not finite") == 4
 
 
 def test_losses_of_training_that_are_not_finite_are_kept(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ import re
 
 from huggingface_hub import ModelCardData
 
-from recycle.results import CONTROL, Results, TrainingRecord, precision
+from recycle.results import CONTROL, Results, precision
 
 from .markdown import code, escape, facts, fence, join_blocks
 from .publication import hide_folders
@@ -35,8 +35,11 @@ def render_card(results: Results) -> str:
     backbone, data = results.backbone, results.data
     streams = sorted(model.num_streams for model in results.models if model.num_streams > 1)
     largest, smallest = streams[-1], streams[0]
-    trained_on = backbone if results.first is None else results.first
-    tokens = (f"{_trained(training)}: {training.tokens:,}" for training in results.training)
+    trained_on = results.first or backbone
+    tokens = []
+    for x in results.training:
+        name = x.name if x.name == CONTROL else f"P = {', '.join(map(str, x.p_values))}"
+        tokens.append(f"{name}: {x.tokens:,}")
     return join_blocks(
         f"---\n{_metadata(results)}\n---",
         f"# {escape(results.name)}",
@@ -69,12 +72,6 @@ def render_card(results: Results) -> str:
         ),
         "More in `report.md`; every number, with the loss of each document, in `results.json`.",
     )
-
-
-def _trained(training: TrainingRecord) -> str:
-    """What a training made, in the table's names."""
-    streams = ", ".join(map(str, training.p_values))
-    return training.name if training.name == CONTROL else f"P = {streams}"
 
 
 def _metadata(results: Results) -> str:

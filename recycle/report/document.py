@@ -1,47 +1,55 @@
-"""The report: the result, and how it was made."""
+"""The report: the result, and how it was made; and all files of it, in the run folder."""
 
 import json
+from pathlib import Path
 
+from recycle.disk import write_atomically
 from recycle.results import Results
 
+from .card import render_card
 from .markdown import escape, facts, fence, format_table, join_blocks, one_line
+from .plots import plot_loss_vs_streams, plot_loss_vs_tokens
 from .publication import hide_folders
 from .result import render_result
 
-TRAINING_COLUMNS = (
-    "training",
-    "P",
-    "text tokens",
-    "steps",
-    "seconds",
-    "text tokens/s",
-    "stream tokens/s",
-)
+
+def write_report(results: Results, folder: Path) -> None:
+    """Write report.md, README.md (the model card), loss_vs_tokens.png and loss_vs_streams.png.
+
+    Everything is made before anything is written, and each file is replaced as a whole.
+    Needs matplotlib (extra `train`).
+    """
+    contents = {
+        "loss_vs_tokens.png": plot_loss_vs_tokens(results),
+        "loss_vs_streams.png": plot_loss_vs_streams(results),
+        "report.md": render_report(results).encode(),
+        "README.md": render_card(results).encode(),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in contents.items():
+        write_atomically(folder / name, content)
 
 
 def render_report(results: Results) -> str:
     """The report in Markdown, meant to be published."""
     results = hide_folders(results)
     data, wall = results.data, results.wall_seconds
-    trainings = [
-        (
-            training.name,
-            ", ".join(map(str, training.p_values)),
-            f"{training.tokens:,}",
-            f"{training.steps:,}",
-            f"{training.wall_seconds:,.0f}",
-            _rate(training.tokens_per_second),
-            _rate(training.stream_tokens_per_second),
-        )
-        for training in results.training
-    ]
+    trainings = {
+        "training": [x.name for x in results.training],
+        "P": [", ".join(map(str, x.p_values)) for x in results.training],
+        "text tokens": [f"{x.tokens:,}" for x in results.training],
+        "steps": [f"{x.steps:,}" for x in results.training],
+        "seconds": [f"{x.wall_seconds:,.0f}" for x in results.training],
+        "text tokens/s": [_rate(x.tokens_per_second) for x in results.training],
+        "stream tokens/s": [_rate(x.stream_tokens_per_second) for x in results.training],
+    }
     return join_blocks(
         f"# Report: {escape(results.name)}",
         f"{results.date:%Y-%m-%d %H:%M} UTC, made by:",
         fence(one_line(results.command), "bash"),
         render_result(results),
         "## Training",
-        format_table([TRAINING_COLUMNS, *trainings]),
+        format_table([tuple(trainings), *zip(*trainings.values(), strict=True)]),
         f"Time: setup {wall.setup:,.0f} s, training {wall.training:,.0f} s, "
         f"evaluation {wall.evaluation:,.0f} s.",
         ""

@@ -30,14 +30,9 @@ def plot_loss_vs_tokens(results: Results) -> bytes:
     blues = iter(BLUES)
     for name, points in curves.items():
         control = name == CONTROL
-        axes.plot(
-            *zip(*points, strict=True),
-            color=ORANGE if control else next(blues, BLUES[-1]),
-            linestyle="--" if control else "-",
-            marker="o",
-            markersize=4,
-            label=name,
-        )
+        color = ORANGE if control else next(blues, BLUES[-1])
+        line = "o--" if control else "o-"
+        axes.plot(*zip(*points, strict=True), line, color=color, markersize=4, label=name)
     axes.set_xlim(right=max(1, axes.get_xlim()[1]))  # of a run of no tokens as well
     axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10], integer=True))
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
@@ -57,14 +52,9 @@ def plot_loss_vs_streams(results: Results) -> bytes:
     that ends far from zero tells a P from the control.
     """
     other = CONTROL if any(model.name == CONTROL for model in results.models) else BACKBONE
-    p_values = [model.num_streams for model in results.models if model.num_streams > 1]
-    shown = [  # one that is not finite leaves a gap
-        (model.num_streams, difference.mean, difference.standard_error or 0.0)
-        for model in results.models
-        if model.num_streams > 1
-        and (difference := model.minus_control or model.minus_backbone) is not None
-    ]
-    points, means, errors = zip(*shown, strict=True)
+    models = [model for model in results.models if model.num_streams > 1]
+    p_values = [model.num_streams for model in models]
+    differences = [x for model in models if (x := model.minus_control or model.minus_backbone)]
     figure, axes = _axes(
         results,
         "P (parallel streams)",
@@ -72,9 +62,9 @@ def plot_loss_vs_streams(results: Results) -> bytes:
     )
     axes.axhline(0, color=ORANGE if other == CONTROL else GREY, linestyle="--", label=other)
     axes.errorbar(
-        points,
-        means,
-        yerr=errors,
+        p_values,
+        [x.mean for x in differences],  # one that is not finite leaves a gap
+        yerr=[x.standard_error or 0.0 for x in differences],
         color=BLUES[1],
         marker="o",
         capsize=4,

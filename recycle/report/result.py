@@ -45,11 +45,8 @@ def compare_with_the_run(results: Results) -> str:
         return ""
     lines = []
     for name, difference in results.minus_first().items():
-        side = (
-            "the same as in the run"
-            if difference.mean == 0
-            else _compare(difference, "run's own loss")
-        )
+        changed = difference.mean != 0
+        side = _compare(difference, "run's own loss") if changed else "the same as in the run"
         lines.append(f"**{escape(name)}** is {side}.")
     return join_blocks(
         f"{escape(precisions(results))}. The run that trained them ended on "
@@ -69,10 +66,9 @@ def state_findings(results: Results) -> list[str]:
         sentence = f"**{escape(model.name)}** is {_compare(model.minus_backbone, 'backbone')}"
         if model.minus_control is not None:
             sentence += f", and {_compare(model.minus_control, 'control')}"
-        sentence += "."
-        if model.minus_control is not None and not model.minus_control.distinguishable:
-            sentence += " This run does not show that it is better than plain prefix tuning."
-        sentences.append(sentence)
+            if not model.minus_control.distinguishable:
+                sentence += ". This run does not show that it is better than plain prefix tuning"
+        sentences.append(f"{sentence}.")
     return sentences
 
 

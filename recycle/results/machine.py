@@ -2,6 +2,7 @@
 
 import os
 import platform
+import re
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -59,10 +60,8 @@ def hardware(gpu: str | None = None, gpu_memory_gib: float | None = None) -> Har
     if sys.platform == "linux":
         cores = len(os.sched_getaffinity(0))
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                cpu = line.partition(":")[2].strip()
-                break
+        if named := re.search("^model name.*?: *(.*)", Path("/proc/cpuinfo").read_text(), re.M):
+            cpu = named[1].strip()
     return Hardware(
         platform=platform.platform(),
         cpu=cpu or platform.machine(),

@@ -149,23 +149,25 @@ class Results(Record):
 
     @model_validator(mode="after")
     def _derived_numbers_follow_from_losses(self) -> Self:
-        for got, expected in zip(self.models, compare(self.documents, self.models), strict=True):
-            if not _same(got.model_dump(), expected.model_dump()):
+        for model, computed in zip(self.models, compare(self.documents, self.models), strict=True):
+            got, expected = (
+                x.model_dump(exclude=set(Measurement.model_fields)) for x in (model, computed)
+            )
+            if not _same(got, expected):
                 raise ValueError(
-                    f"the numbers of model {got.name!r} do not follow from its losses: "
-                    f"the file has {_derived(got)}, its losses give {_derived(expected)}"
+                    f"the numbers of model {model.name!r} do not follow from its losses: "
+                    f"the file has {got}, its losses give {expected}"
                 )
         return self
 
     @model_validator(mode="after")
     def _both_measurements_are_of_the_same_models(self) -> Self:
-        names = [model.name for model in self.models]
-        if self.first is not None and list(self.first.losses) != names:
-            raise ValueError(
-                f"the run measured {list(self.first.losses)}, and this measurement is of {names}"
-            )
-        if self.first is not None:
-            self.minus_first()  # of the same documents
+        if self.first is None:
+            return self
+        before, now = list(self.first.losses), [model.name for model in self.models]
+        if before != now:
+            raise ValueError(f"the run measured {before}, and this measurement is of {now}")
+        self.minus_first()  # of the same documents
         return self
 
     def minus_first(self) -> dict[str, Difference]:
@@ -181,10 +183,6 @@ def precision(backbone: BackboneRecord | FirstMeasurement) -> str:
     if backbone.quantization is None:
         return backbone.dtype
     return f"{backbone.quantization} computing in {backbone.dtype}"
-
-
-def _derived(model: ModelResult) -> dict[str, JsonValue]:
-    return model.model_dump(exclude=set(Measurement.model_fields))
 
 
 def _same(a: object, b: object) -> bool:

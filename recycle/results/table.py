@@ -2,33 +2,16 @@
 
 import math
 import statistics
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from .comparison import BACKBONE, Difference, ModelResult, paired_difference
+from .comparison import BACKBONE, Difference, paired_difference
 from .schema import Results, precision
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-# With line breaks for the terminal; `_headings` takes them out.
-_COLUMNS = (
-    "model",
-    "held-out\nloss",
-    "− backbone\n± se",
-    "− control\n± se",
-    "adapter\nparams",
-    "KV bytes\n/token",
-)
-_SPEED = "train/prefill\n/decode\ntokens/s"
-_FIRST_COLUMNS = (
-    "model",
-    "run\nloss",
-    "loss\nnow",
-    "now − run\n± se",
-    "run:\n− backbone ± se",
-    "now:\n− backbone ± se",
-)
+Columns = dict[str, list[str]]
+"""Heading, with line breaks for the terminal -> its cells, one for each model."""
 
 
 def tabulate(results: Results) -> list[tuple[str, ...]]:
@@ -36,87 +19,77 @@ def tabulate(results: Results) -> list[tuple[str, ...]]:
 
     The column of speeds is there where prefill or decoding was measured.
     """
-    speed = _has_speed(results)
-    rows = [
-        (
-            model.name,
-            f"{model.loss:.4f}",
-            format_difference(model.minus_backbone),
-            format_difference(model.minus_control),
-            f"{model.adapter_parameters:,}",
-            f"{model.kv_bytes_per_token:,}",
-            *[" / ".join("–" if x is None else f"{x:,.1f}" for x in _rates(model))][:speed],
-        )
-        for model in results.models
-    ]
-    return [_headings((*_COLUMNS, *[_SPEED][:speed])), *rows]
+    return _rows(_columns(results, short=False))
 
 
 def rich_table(results: Results) -> "Table":
     """The table for a terminal of 80 columns or more, with parameters and speeds rounded."""
-    speed = _has_speed(results)
     notes = ["Loss in nats per token; lower is better.", shared_training(results)]
-    rows = [
-        (
-            model.name,
-            f"{model.loss:.4f}",
-            format_difference(model.minus_backbone).replace(" ", ""),
-            format_difference(model.minus_control).replace(" ", ""),
-            _short_count(model.adapter_parameters),
-            f"{model.kv_bytes_per_token:,}",
-            *["/".join(map(_short_rate, _rates(model)))][:speed],
-        )
-        for model in results.models
-    ]
-    columns = (*_COLUMNS, *[_SPEED][:speed])
-    return _rich(results.name, "\n".join(filter(None, notes)), columns, rows)
+    return _rich(results.name, "\n".join(filter(None, notes)), _columns(results, short=True))
 
 
 def tabulate_again(results: Results) -> list[tuple[str, ...]]:
     """A later measurement beside the run's own: headings and rows; nothing for the run's own."""
-    if results.first is None:
-        return []
-    losses, differences = results.first.losses, results.minus_first()
-    rows = [
-        (
-            model.name,
-            f"{statistics.fmean(losses[model.name]):.4f}",
-            f"{model.loss:.4f}",
-            format_difference(differences[model.name]),
-            _minus(losses, model.name, BACKBONE),
-            format_difference(model.minus_backbone),
-        )
-        for model in results.models
-    ]
-    return [_headings(_FIRST_COLUMNS), *rows]
+    return _rows(_columns_again(results)) if results.first is not None else []
 
 
 def rich_first_table(results: Results) -> "Table":
     """The same for a terminal of 80 columns or more."""
-    rows = [
-        tuple(cell.replace(" ± ", "±") if column else cell for column, cell in enumerate(row))
-        for row in tabulate_again(results)[1:]
-    ]
-    caption = "now − run below zero: better than in the run."
     title = precisions(results).replace(", ", ",\n")  # both lines fit above the narrowest table
-    return _rich(title, caption, _FIRST_COLUMNS, rows)
+    caption = "now − run below zero: better than in the run."
+    return _rich(title, caption, _columns_again(results))
 
 
 def precisions(results: Results) -> str:
     """In which precisions of the backbone the adapters were trained and are measured."""
-    trained = precision(results.backbone if results.first is None else results.first)
-    return f"Trained on {trained}, measured on {precision(results.backbone)}"
+    trained_on = results.first or results.backbone
+    return f"Trained on {precision(trained_on)}, measured on {precision(results.backbone)}"
 
 
-def _minus(losses: dict[str, tuple[float, ...]], name: str, other: str) -> str:
-    if name == other:
-        return ""
-    return format_difference(paired_difference(losses[name], losses[other]))
+def _columns(results: Results, short: bool) -> Columns:
+    models = results.models
+    count = _short_count if short else "{:,}".format
+    rate = _short_rate if short else "{:,.1f}".format
+    slash = "/" if short else " / "
+    columns = {
+        "model": [x.name for x in models],
+        "held-out\nloss": [f"{x.loss:.4f}" for x in models],
+        "− backbone\n± se": [format_difference(x.minus_backbone) for x in models],
+        "− control\n± se": [format_difference(x.minus_control) for x in models],
+        "adapter\nparams": [count(x.adapter_parameters) for x in models],
+        "KV bytes\n/token": [f"{x.kv_bytes_per_token:,}" for x in models],
+    }
+    if _has_speed(results):
+        columns["train/prefill\n/decode\ntokens/s"] = [
+            slash.join("–" if speed is None else rate(speed) for _, speed in model.speed)
+            for model in models
+        ]
+    return columns
 
 
-def _rich(
-    title: str, caption: str, columns: Sequence[str], rows: Sequence[tuple[str, ...]]
-) -> "Table":
+def _columns_again(results: Results) -> Columns:
+    assert results.first is not None
+    models, differences, losses = results.models, results.minus_first(), results.first.losses
+    minus_backbone = [
+        None if x.name == BACKBONE else paired_difference(losses[x.name], losses[BACKBONE])
+        for x in models
+    ]
+    return {
+        "model": [x.name for x in models],
+        "run\nloss": [f"{statistics.fmean(losses[x.name]):.4f}" for x in models],
+        "loss\nnow": [f"{x.loss:.4f}" for x in models],
+        "now − run\n± se": [format_difference(differences[x.name]) for x in models],
+        "run:\n− backbone ± se": [format_difference(x) for x in minus_backbone],
+        "now:\n− backbone ± se": [format_difference(x.minus_backbone) for x in models],
+    }
+
+
+def _rows(columns: Columns) -> list[tuple[str, ...]]:
+    headings = (heading.replace("\n/", "/").replace("\n", " ") for heading in columns)
+    return [tuple(headings), *zip(*columns.values(), strict=True)]
+
+
+def _rich(title: str, caption: str, columns: Columns) -> "Table":
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
     from rich.text import Text
@@ -124,10 +97,10 @@ def _rich(
     shown = Table(
         title=Text(title), caption=Text(caption), box=SIMPLE_HEAD, show_edge=False, padding=0
     )
-    for number, column in enumerate(columns):
-        shown.add_column(column, justify="right" if number else "left")
-    for row in rows:
-        shown.add_row(*map(Text, row))
+    for heading in columns:
+        shown.add_column(heading, justify="left" if heading == "model" else "right")
+    for name, *cells in zip(*columns.values(), strict=True):
+        shown.add_row(Text(name), *(Text(cell.replace(" ± ", "±")) for cell in cells))
     return shown
 
 
@@ -155,29 +128,15 @@ def format_difference(difference: Difference | None) -> str:
     return f"{mean} ± ?" if error is None else f"{mean} ± {error:.4f}"
 
 
-def _headings(columns: Sequence[str]) -> tuple[str, ...]:
-    return tuple(column.replace("\n/", "/").replace("\n", " ") for column in columns)
-
-
 def _has_speed(results: Results) -> bool:
     """Whether prefill or decoding was measured. Training alone stands with the trainings."""
-    return any(rate is not None for model in results.models for rate in _rates(model)[1:])
+    speeds = (model.speed for model in results.models)
+    measured = ((x.prefill_tokens_per_second, x.decode_tokens_per_second) for x in speeds)
+    return any(pair != (None, None) for pair in measured)
 
 
-def _rates(model: ModelResult) -> tuple[float | None, float | None, float | None]:
-    """Training, prefill and decoding."""
-    speed = model.speed
-    return (
-        speed.train_tokens_per_second,
-        speed.prefill_tokens_per_second,
-        speed.decode_tokens_per_second,
-    )
-
-
-def _short_rate(rate: float | None) -> str:
+def _short_rate(rate: float) -> str:
     """`5.9`, `579`, `12k`."""
-    if rate is None:
-        return "–"
     return f"{rate / 1e3:.0f}k" if rate >= 1e4 else f"{rate:.{int(rate < 100)}f}"
 
 
