@@ -40,6 +40,8 @@ REFUSED = {
 
 # Puts a prefix, or nothing, before the keys and values of a call.
 Extend = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+# What a call of a module is to be extended by, and by how many tokens; None to leave it alone.
+Prefix = Callable[[nn.Module], tuple[Extend, int] | None]
 
 
 class PrefixedCache(Cache):
@@ -74,16 +76,10 @@ def is_handmade(module: nn.Module) -> bool:
     return type(module).__name__ in CACHE_ARGUMENT
 
 
-def intercept(
-    module: nn.Module, prefix: Callable[[nn.Module], tuple[Extend, int] | None]
-) -> RemovableHandle:
-    """Let `prefix` into the attention of a module.
+def intercept(module: nn.Module, prefix: Prefix) -> RemovableHandle:
+    """Let `prefix` into the attention of a module for which `is_handmade` holds.
 
-    Args:
-        module: One for which `is_handmade` holds.
-        prefix: Gives, for a call of the module, what extends its keys and values and by how many
-            tokens n; None to leave the call alone. A function of a module, so that it can be
-            pickled.
+    What is hooked in can be pickled where `prefix`, a function of the module, can be.
     """
     names = tuple(inspect.signature(module.forward).parameters)
     hook = partial(_let_in, prefix, CACHE_ARGUMENT[type(module).__name__], names)
@@ -91,7 +87,7 @@ def intercept(
 
 
 def _let_in(
-    prefix: Callable[[nn.Module], tuple[Extend, int] | None],
+    prefix: Prefix,
     cache_argument: str,
     names: tuple[str, ...],  # of the arguments of the module's forward
     module: nn.Module,

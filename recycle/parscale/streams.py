@@ -226,9 +226,9 @@ def _repeat(name: str, value: Any, batch: int, p: int) -> Any:
         return {key: _repeat(name, mask, batch, p) for key, mask in value.items()}
     if p == 1 or not isinstance(value, Tensor) or value.ndim < 2:
         return value
-    if name == "position_ids" and value.ndim == 3:  # [3, B, S] of multimodal rotary embeddings
-        return value.repeat_interleave(p, dim=1) if value.shape[1] == batch else value
-    return value.repeat_interleave(p, dim=0) if value.shape[0] == batch else value
+    # Multimodal rotary embeddings have position ids [3, B, S].
+    dim = 1 if name == "position_ids" and value.ndim == 3 else 0
+    return value.repeat_interleave(p, dim=dim) if value.shape[dim] == batch else value
 
 
 def _outside(part: Any, last: Tensor, merged: Tensor) -> Any:
