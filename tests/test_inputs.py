@@ -8,6 +8,7 @@ import copy
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CompileConfig, DynamicCache, EncoderDecoderCache, StaticCache
 
 from recycle.family import set_p, use_p
@@ -274,6 +275,30 @@ def test_a_packed_row_through_a_compiled_graph():
     expected = torch.cat([logits(model, part) for part in parts], dim=1)
     close(compiled(ids, position_ids=positions, use_cache=False).logits, expected)
     close(logits(model, ids, position_ids=positions), expected)
+
+
+class Waits(TorchDispatchMode):
+    """Counts the values that Python asks for, each of which would wait for a GPU."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("model_type", "more"), [("llama", 0), ("lfm2", 1)])
+def test_training_with_positions_waits_no_more_than_the_backbone(model_type, more):
+    """Only a backbone that mixes packed sequences has to look for them in every pass."""
+    ids, positions = token_ids(2, 9) % 128, torch.arange(9).expand(2, -1)
+    counts = []
+    for model in (family_model(model_type), family_streams(family_model(model_type))):
+        for _ in range(2):  # the first pass finds out what the backbone does
+            with Waits() as waits:
+                loss = model(ids, labels=ids, position_ids=positions, use_cache=False).loss
+        assert loss.isfinite()
+        counts.append(waits.count)
+    assert counts[1] - counts[0] == more
 
 
 @torch.no_grad()

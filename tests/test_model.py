@@ -5,13 +5,21 @@ import warnings
 
 import pytest
 import torch
-from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
+from peft import (
+    AutoPeftModelForCausalLM,
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+)
+from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from recycle.family import available_p, get_p, set_p
-from recycle.parscale import ParScaleConfig, UnsupportedModelError
+from recycle.parscale import ParScaleConfig, ParScaleError, UnsupportedModelError
+from recycle.parscale import adapter_parameters as adapters_of
 from recycle.parscale.decoder import find_decoder
-from recycle.parscale.layer import StreamLayer
+from recycle.parscale.layer import StreamLayer, cut_state
 from tests.adapters import logits, scramble, stream_config, stream_model, token_ids
 from tests.tiny import save_tiny, tiny_model
 
@@ -314,6 +322,65 @@ def test_merging_is_refused():
     with pytest.raises(ValueError, match="cannot be merged"):
         model.merge_adapter()
     assert torch.equal(logits(model, IDS), expected)
+
+
+def test_a_model_has_one_method_and_a_lora_is_merged_first():
+    lora = LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
+    model = stream_model()
+    expected = logits(model, IDS)
+    with pytest.raises(ParScaleError, match=r"has PARSCALE adapters, and 'x' is LORA\. Merge"):
+        model.add_adapter("x", lora)
+    assert list(model.peft_config) == ["default"]
+    assert torch.equal(logits(model, IDS), expected)
+
+    adapted = get_peft_model(tiny_model(), lora)
+    with pytest.raises(ParScaleError, match=r"has LORA adapters, and 'p2' is PARSCALE\."):
+        adapted.add_adapter("p2", stream_config((2,)))
+    merged = adapted.merge_and_unload()  # as the message says
+    expected = logits(merged, IDS)
+    model = stream_model(merged)
+    set_p(model, 1)
+    assert torch.equal(logits(model, IDS), expected)
+
+
+def test_a_new_kind_of_layer_is_one_class(tmp_path):
+    """It enters, is saved, cut and taken out like the prefix, and nothing else knows of it."""
+    wanted = True
+
+    class StreamScale(nn.Module, StreamLayer):
+        child_name, group, adapter_layer_names = "scale", "prefix", ("parscale_scale",)
+
+        def __init__(self, mlp, selection):
+            nn.Module.__init__(self)
+            StreamLayer.__init__(self, selection)
+            self.parscale_scale = nn.ParameterDict()
+
+        @staticmethod
+        def enters(config, module):
+            return wanted and module.endswith(".mlp")
+
+        def add(self, adapter, config, name, device):
+            self.device = device
+            self.parscale_scale[adapter] = nn.Parameter(torch.rand(config.num_streams, 3))
+
+        @staticmethod
+        def cut(leaf, tensor, p):
+            return tensor[:p]
+
+    try:
+        model = stream_model()
+        mlp = model.get_decoder().layers[1].mlp
+        assert [x.parameter.shape for x in adapters_of(model, "default")].count((4, 3)) == 2
+        model.save_pretrained(tmp_path)
+        loaded = PeftModel.from_pretrained(tiny_model(), tmp_path)
+        scale = loaded.get_decoder().layers[1].mlp.scale.parscale_scale["default"]
+        assert torch.equal(scale, mlp.scale.parscale_scale["default"])
+        cut = cut_state(get_peft_model_state_dict(model), 2)
+        assert [len(tensor) for name, tensor in cut.items() if "parscale_scale" in name] == [2, 2]
+        model.unload()
+        assert not hasattr(mlp, "scale")
+    finally:
+        wanted = False
 
 
 def test_adapter_names_are_refused():

@@ -6,7 +6,7 @@ from torch import nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from recycle.parscale import ActiveStreams, ParScaleConfig
-from recycle.parscale.active import Selection, forward_state
+from recycle.parscale.active import Selection, this_thread
 from recycle.parscale.prefix import StreamPrefix, attend
 
 B, P, H, N, S, D = 2, 3, 2, 4, 5, 8
@@ -44,9 +44,9 @@ def module():
 
 @pytest.fixture
 def active():
-    forward_state.active = ActiveStreams("default", P, (P,))
+    this_thread.forward.active = ActiveStreams("default", P, (P,))
     yield
-    forward_state.active = None
+    this_thread.forward.active = None
 
 
 def by_hand(module, query, key, value):
@@ -97,11 +97,11 @@ def test_without_streams_or_prefix_the_function_is_called_as_it_is(module):
         return inputs[0], None
 
     attend(attention, "sdpa", module, *inputs, None, dropout=0.5)
-    forward_state.active = ActiveStreams("default", P, (P,))
+    this_thread.forward.active = ActiveStreams("default", P, (P,))
     try:
         attend(attention, "sdpa", Attention(), *inputs, None, dropout=0.5)
     finally:
-        forward_state.active = None
+        this_thread.forward.active = None
     for args, kwargs in calls:
         assert all(a is b for a, b in zip(args[1:4], inputs, strict=True))
         assert kwargs == {"dropout": 0.5}

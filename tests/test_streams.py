@@ -12,7 +12,7 @@ from transformers import DynamicCache, StaticCache
 
 from recycle.family import FamilyError, get_p, set_p, use_p
 from recycle.parscale import ActiveStreams, CacheError, choose_streams, shrink_cache
-from recycle.parscale.active import forward_state
+from recycle.parscale.active import this_thread
 from recycle.parscale.prefix import StreamPrefix
 from tests.adapters import logits, scramble, stream_config, stream_model, token_ids
 from tests.tiny import tiny_model
@@ -142,7 +142,7 @@ def test_an_exception_in_the_decoder_leaves_no_streams_behind(model):
     with pytest.raises(ZeroDivisionError):
         logits(model, ids)
     hook.remove()
-    assert forward_state.active is None
+    assert this_thread.forward.active is None
     bare = tiny_model(model.config.model_type)
     with model.disable_adapter():
         assert torch.equal(logits(model, ids), logits(bare, ids))

@@ -4,6 +4,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -63,7 +64,7 @@ class Selection:
 
     def current(self) -> ActiveStreams | None:
         """The streams that the next forward pass in this thread uses; None for the backbone."""
-        for selection, active in forward_state.choices:
+        for selection, active in this_thread.forward.choices:
             if selection is self:
                 return active
         names = self.names
@@ -77,44 +78,29 @@ class Selection:
         return ActiveStreams(names[0], self.p[names[0]], (self.p[names[0]],))
 
 
-class _Values:
-    """What `_ForwardState` holds in one thread."""
+class ForwardState:
+    """What the modules of a decoder see of the forward pass they are in."""
 
     def __init__(self) -> None:
         self.active: ActiveStreams | None = None
         # What this thread chose, the latest first.
         self.choices: tuple[tuple[Selection, ActiveStreams | None], ...] = ()
+        # Where the keys and values of every call of an attention module go, or nowhere.
+        self.record: Callable[[nn.Module, Tensor, Tensor], Any] | None = None
 
 
-class _ForwardState(threading.local):
-    """What the modules of a decoder see of the forward pass they are in; one for each thread.
+class _ThisThread(threading.local):
+    """Holds the state one object deeper, for torch.compile.
 
-    What compiled code sets lies one object deeper: torch.compile guards no class attribute, and
-    where a graph breaks it forgets what was set on the `threading.local` itself.
+    It guards no class attribute, and where a graph breaks it forgets what was set on the
+    `threading.local` itself.
     """
 
     def __init__(self) -> None:  # runs in every thread
-        self._values = _Values()
-        self.record: Callable[[nn.Module, Tensor, Tensor], None] | None = None
-
-    @property
-    def active(self) -> ActiveStreams | None:
-        return self._values.active
-
-    @active.setter
-    def active(self, active: ActiveStreams | None) -> None:
-        self._values.active = active
-
-    @property
-    def choices(self) -> tuple[tuple[Selection, ActiveStreams | None], ...]:
-        return self._values.choices
-
-    @choices.setter
-    def choices(self, choices: tuple[tuple[Selection, ActiveStreams | None], ...]) -> None:
-        self._values.choices = choices
+        self.forward = ForwardState()
 
 
-forward_state = _ForwardState()
+this_thread = _ThisThread()
 
 
 @contextmanager
@@ -124,10 +110,10 @@ def choose(selection: Selection, active: ActiveStreams | None) -> Iterator[None]
     Blocks of one thread nest; one that awaits or yields in the middle lets its choice out into what
     runs meanwhile.
     """
-    choice = (selection, active)
-    forward_state.choices = (choice, *forward_state.choices)
+    state, choice = this_thread.forward, (selection, active)
+    state.choices = (choice, *state.choices)
     try:
         yield
     finally:
         # By identity: tasks and generators may end their blocks in another order.
-        forward_state.choices = tuple(x for x in forward_state.choices if x is not choice)
+        state.choices = tuple(x for x in state.choices if x is not choice)

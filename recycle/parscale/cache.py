@@ -73,20 +73,18 @@ class StreamCache(Cache):
     def _fold_state(self, x: Tensor) -> Tensor:
         return self._fold(x) if _STATES_ARE_FOLDED else x
 
-    def _unfold_state(self, x: Tensor) -> Tensor:
-        return self._unfold(x) if _STATES_ARE_FOLDED else x
+    def _unfold_state(self, x: Any) -> Any:  # None where there is no state yet
+        return self._unfold(x) if _STATES_ARE_FOLDED and x is not None else x
 
     def get_conv_state(self, *args: Any, **kwargs: Any) -> Tensor | None:
-        state = self.cache.get_conv_state(*args, **kwargs)
-        return None if state is None else self._unfold_state(state)
+        return self._unfold_state(self.cache.get_conv_state(*args, **kwargs))
 
     def update_conv_state(self, conv_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         folded = self._fold_state(conv_states)
         return self._unfold_state(self.cache.update_conv_state(folded, *args, **kwargs))
 
     def get_recurrent_state(self, *args: Any, **kwargs: Any) -> Tensor | None:
-        state = self.cache.get_recurrent_state(*args, **kwargs)
-        return None if state is None else self._unfold_state(state)
+        return self._unfold_state(self.cache.get_recurrent_state(*args, **kwargs))
 
     def update_recurrent_state(self, recurrent_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         folded = self._fold_state(recurrent_states)
@@ -158,16 +156,13 @@ def _is_filled(cache: Cache) -> bool:
     layers = getattr(cache, "layers", ())
     if any(any(getattr(layer, "has_previous_state", {}).values()) for layer in layers):
         return True
-    allocated = any(getattr(layer, "keys", None) is not None for layer in layers)
-    return allocated and _holds_tokens(cache)
+    allocated = [layer for layer in layers if getattr(layer, "keys", None) is not None]
+    return bool(allocated) and _hold_tokens(allocated)
 
 
 @torch.compiler.disable  # the length of a static layer is a tensor, which a graph cannot look at
-def _holds_tokens(cache: Cache) -> bool:
-    return any(
-        getattr(layer, "keys", None) is not None and int(layer.get_seq_length()) > 0
-        for layer in cache.layers
-    )
+def _hold_tokens(layers: list[Any]) -> bool:
+    return any(int(layer.get_seq_length()) > 0 for layer in layers)
 
 
 def _deallocate(cache: Cache) -> None:

@@ -1,6 +1,6 @@
 """The configuration of one ParScale adapter, saved as PEFT's `adapter_config.json`."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -36,29 +36,20 @@ class ParScaleConfig(PeftConfig):
         fingerprint: What identifies the backbone, see `recycle.backbone.fingerprint`.
     """
 
-    task_type: str | None = field(default="CAUSAL_LM", metadata={"help": "The only one there is."})
-    num_streams: int = field(default=4, metadata={"help": "Parallel streams P."})
-    p_values: list[int] | None = field(default=None, metadata={"help": "Values of P it serves."})
-    num_virtual_tokens: int = field(default=48, metadata={"help": "Prefix tokens of every stream."})
-    smoothing: float = field(default=0.1, metadata={"help": "Floor of the aggregation weights."})
-    init: str = field(default="text", metadata={"help": "'text' or 'random'."})
-    start_token_ids: list[list[int]] | None = field(
-        default=None,
-        metadata={"help": "Token ids that the streams start from when init is 'text'."},
-    )
-    decoder: str | None = field(default=None, metadata={"help": "Found at injection."})
-    hidden_size: int | None = field(default=None, metadata={"help": "Found at injection."})
-    attention_shapes: dict[str, list[int]] | None = field(
-        default=None, metadata={"help": "Found at injection."}
-    )
-    backbone_trained: bool = field(default=False, metadata={"help": "P = 1 is not offered."})
-    backbone_dtype: str | None = field(default=None, metadata={"help": "Precision in training."})
-    backbone_quantization: str | None = field(
-        default=None, metadata={"help": "'nf4' or 'int8' in training."}
-    )
-    fingerprint: dict[str, Any] | None = field(
-        default=None, metadata={"help": "Identity of the backbone."}
-    )
+    task_type: str | None = "CAUSAL_LM"  # the only one there is
+    num_streams: int = 4
+    p_values: list[int] | None = None
+    num_virtual_tokens: int = 48
+    smoothing: float = 0.1
+    init: str = "text"
+    start_token_ids: list[list[int]] | None = None
+    decoder: str | None = None
+    hidden_size: int | None = None
+    attention_shapes: dict[str, list[int]] | None = None
+    backbone_trained: bool = False
+    backbone_dtype: str | None = None
+    backbone_quantization: str | None = None
+    fingerprint: dict[str, Any] | None = None
     # PEFT reads this field of every method; streams are placed by `attention_shapes`.
     target_modules = None
 
@@ -66,32 +57,33 @@ class ParScaleConfig(PeftConfig):
         super().__post_init__()
         self.peft_type = PeftType.PARSCALE
         self.p_values = sorted(self.p_values) if self.p_values else [self.num_streams]
-        if self.num_streams < 1 or self.num_virtual_tokens < 1:
-            raise ParScaleError(
-                f"num_streams and num_virtual_tokens are at least 1, got {self.num_streams} and "
-                f"{self.num_virtual_tokens}."
-            )
-        if self.p_values[-1] != self.num_streams or len(set(self.p_values)) != len(self.p_values):
-            raise ParScaleError(
-                f"p_values are distinct and end with num_streams, got p_values={self.p_values} and "
-                f"num_streams={self.num_streams}. For example num_streams=8, p_values=[2, 4, 8]."
-            )
-        if self.p_values[0] < 1 or (self.p_values[0] == 1 and self.num_streams > 1):
-            raise ParScaleError(
-                f"p_values are at least 2, got {self.p_values}. P = 1 is the backbone itself and "
-                "needs no aggregator."
-            )
-        if not 0 <= self.smoothing < 1:
-            raise ParScaleError(f"smoothing lies in [0, 1), got {self.smoothing}.")
-        if self.init not in ("text", "random"):
-            raise ParScaleError(f"init is 'text' or 'random', got {self.init!r}.")
         if isinstance(self.start_token_ids, torch.Tensor):
             self.start_token_ids = self.start_token_ids.tolist()
-        if self.start_token_ids is not None:
-            lengths = [len(row) for row in self.start_token_ids]
-            if lengths != [self.num_virtual_tokens] * self.num_streams:
-                raise ParScaleError(
-                    f"start_token_ids holds num_streams={self.num_streams} lists of "
-                    f"num_virtual_tokens={self.num_virtual_tokens} token ids, got lists of lengths "
-                    f"{lengths}."
-                )
+        p, n, p_values = self.num_streams, self.num_virtual_tokens, self.p_values
+        lengths = [n] * p if self.start_token_ids is None else [*map(len, self.start_token_ids)]
+        rules = (
+            (
+                p >= 1 and n >= 1,
+                f"num_streams and num_virtual_tokens are at least 1, got {p} and {n}.",
+            ),
+            (
+                p_values[-1] == p and len(set(p_values)) == len(p_values),
+                f"p_values are distinct and end with num_streams, got {p_values=} and "
+                f"num_streams={p}. For example num_streams=8, p_values=[2, 4, 8].",
+            ),
+            (
+                p_values[0] >= 2 or p_values == [1],
+                f"p_values are at least 2, got {p_values}. P = 1 is the backbone itself and needs "
+                "no aggregator.",
+            ),
+            (0 <= self.smoothing < 1, f"smoothing lies in [0, 1), got {self.smoothing}."),
+            (self.init in ("text", "random"), f"init is 'text' or 'random', got {self.init!r}."),
+            (
+                lengths == [n] * p,
+                f"start_token_ids holds num_streams={p} lists of num_virtual_tokens={n} token ids, "
+                f"got lists of lengths {lengths}.",
+            ),
+        )
+        for holds, message in rules:
+            if not holds:
+                raise ParScaleError(message)

@@ -4,12 +4,13 @@ Bloom, Falcon, GPT-J and their like compute attention by hand, but they all get 
 values from the cache that they are called with. So they are handed a cache that puts the prefix in
 front of what it returns, and a mask and position bias that are wider by the prefix.
 
-Dimensions: B batch, P streams, H key-value heads, n prefix tokens, Q query length, K key length.
+Dimensions: B batch, P streams, A attention heads, H key-value heads, n prefix tokens, Q query
+length, K key length.
 """
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -39,6 +40,8 @@ REFUSED = {
 
 # Puts a prefix, or nothing, before the keys and values of a call.
 Extend = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+# What a call of a module is to be extended by, and by how many tokens; None to leave it alone.
+Prefix = Callable[[nn.Module], tuple[Extend, int] | None]
 
 
 class PrefixedCache(Cache):
@@ -73,51 +76,42 @@ def is_handmade(module: nn.Module) -> bool:
     return type(module).__name__ in CACHE_ARGUMENT
 
 
-@dataclass(frozen=True)
-class _Interceptor:
-    """A pre-hook that lets a prefix into the attention of a module; it can be pickled."""
+def intercept(module: nn.Module, prefix: Prefix) -> RemovableHandle:
+    """Let `prefix` into the attention of a module for which `is_handmade` holds.
 
-    names: tuple[str, ...]  # of the arguments of the module's forward
-    cache_argument: str
-    prefix: "Callable[[nn.Module], tuple[Extend, int] | None]"
-
-    def __call__(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        found = self.prefix(module)
-        if found is None:
-            return None
-        extend, n = found
-        kwargs = {**dict(zip(self.names, args, strict=False)), **kwargs}
-        kwargs[self.cache_argument] = PrefixedCache(kwargs.get(self.cache_argument), extend)
-        if n:
-            _widen(module, kwargs, n)
-        return (), kwargs
-
-
-def intercept(
-    module: nn.Module, prefix: Callable[[nn.Module], tuple[Extend, int] | None]
-) -> RemovableHandle:
-    """Let `prefix` into the attention of a module.
-
-    Args:
-        module: One for which `is_handmade` holds.
-        prefix: Gives, for a call of the module, what extends its keys and values and by how many
-            tokens n; None to leave the call alone. A function of a module, so that it can be
-            pickled.
+    What is hooked in can be pickled where `prefix`, a function of the module, can be.
     """
     names = tuple(inspect.signature(module.forward).parameters)
-    interceptor = _Interceptor(names, CACHE_ARGUMENT[type(module).__name__], prefix)
-    return module.register_forward_pre_hook(interceptor, with_kwargs=True)
+    hook = partial(_let_in, prefix, CACHE_ARGUMENT[type(module).__name__], names)
+    return module.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def _let_in(
+    prefix: Prefix,
+    cache_argument: str,
+    names: tuple[str, ...],  # of the arguments of the module's forward
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    found = prefix(module)
+    if found is None:
+        return None
+    extend, n = found
+    kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
+    kwargs[cache_argument] = PrefixedCache(kwargs.get(cache_argument), extend)
+    if n:
+        _widen(module, kwargs, n)
+    return (), kwargs
 
 
 def _widen(module: nn.Module, kwargs: dict[str, Any], n: int) -> None:
     """Make room for n prefix tokens in the mask and the position bias of a call, in place."""
     mask: Any = kwargs.get("attention_mask")
     alibi: Any = kwargs.get("alibi")
-    if alibi is not None:  # [B*P*heads, 1, K] of Bloom, [B*P, heads, 1, K] of Falcon
+    if alibi is not None:  # [B*P*A, 1, K] of Bloom, [B*P, A, 1, K] of Falcon
         num_heads: Any = module.num_heads
-        bias = _alibi_before_the_text(num_heads, n, alibi)  # [heads, 1, n]
+        bias = _alibi_before_the_text(num_heads, n, alibi)  # [A, 1, n]
         rows = bias if alibi.ndim == 4 else bias.repeat(alibi.shape[0] // num_heads, 1, 1)
         kwargs["alibi"] = torch.cat([rows.expand(*alibi.shape[:-1], n), alibi], dim=-1)
         if alibi.ndim == 4:  # Falcon has it in the mask as well
@@ -131,7 +125,7 @@ def _widen(module: nn.Module, kwargs: dict[str, Any], n: int) -> None:
 
 
 def _alibi_before_the_text(num_heads: int, n: int, like: Tensor) -> Tensor:
-    """ALiBi `[heads, 1, n]` of n tokens at positions -n to -1."""
+    """ALiBi `[A, 1, n]` of n tokens at positions -n to -1."""
     two = torch.ones(1, 2, dtype=torch.long, device=like.device)
     slopes = build_alibi_tensor(two, num_heads, like.dtype)[:, :, 1:]  # at position 1
     return slopes * torch.arange(-n, 0, device=like.device)

@@ -1,8 +1,8 @@
 """What every kind of stream layer has in common, and what is known of its parameters.
 
 A layer is a child of one of the backbone's modules and holds there the parameters of every adapter.
-A new kind of transformation beside the prefix is a subclass in a file of its own, and one entry in
-`model.ATTENTION_LAYERS`.
+A new kind of transformation beside the prefix is a subclass in a file of its own, and one import in
+`__init__.py`.
 """
 
 from collections.abc import Mapping
@@ -16,8 +16,6 @@ from torch import Tensor, nn
 from .active import Selection
 from .config import ParScaleConfig
 from .errors import ParScaleError
-
-KINDS: list[type["StreamLayer"]] = []  # every subclass of StreamLayer
 
 
 class StreamLayer(BaseTunerLayer):
@@ -34,10 +32,6 @@ class StreamLayer(BaseTunerLayer):
 
     active_adapters: list[str]  # a property of PEFT's class
     device: torch.device  # of the backbone's module, where an adapter is added
-
-    def __init_subclass__(cls) -> None:
-        super().__init_subclass__()
-        KINDS.append(cls)
 
     def __init__(self, selection: Selection) -> None:
         self.selection = selection
@@ -58,6 +52,11 @@ class StreamLayer(BaseTunerLayer):
     @_active_adapter.setter
     def _active_adapter(self, names: str | list[str]) -> None:
         self.selection.adapters = names
+
+    @staticmethod
+    def enters(config: ParScaleConfig, module: str) -> bool:
+        """Whether an adapter has such a layer in the module of the model that is named so."""
+        raise NotImplementedError
 
     def add(self, adapter: str, config: ParScaleConfig, name: str, device: torch.device) -> None:
         """Add an adapter's parameters, in float32.
@@ -105,6 +104,11 @@ class StreamLayer(BaseTunerLayer):
         raise cannot_merge()
 
 
+def kinds() -> list[type[StreamLayer]]:
+    """Every kind of stream layer."""
+    return StreamLayer.__subclasses__()
+
+
 def cannot_merge() -> ParScaleError:
     return ParScaleError(
         "Streams run beside each other and cannot be merged into the backbone's weights. Use "
@@ -144,7 +148,7 @@ def cut_state(state: Mapping[str, Tensor], p: int) -> dict[str, Tensor]:
     found = {}
     for name, tensor in state.items():
         parts = name.split(".")
-        kind = next(kind for kind in KINDS if not set(parts).isdisjoint(kind.adapter_layer_names))
+        kind = next(k for k in kinds() if not set(parts).isdisjoint(k.adapter_layer_names))
         kept = kind.cut(parts[-1], tensor, p)
         if kept is not None:
             found[name] = kept

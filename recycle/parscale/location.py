@@ -1,61 +1,50 @@
 """Where a model's attention is, found by running it."""
 
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .active import choose, forward_state
+from .active import choose, this_thread
 from .config import ParScaleConfig
 from .decoder import eval_mode, find_decoder
 from .errors import UnsupportedModelError
 from .fallback import REFUSED, Extend, intercept, is_handmade
-from .streams import DecoderStreams
+from .streams import find_streams
 
 
 @torch.no_grad()
 def record_attention(
-    model: PreTrainedModel, token_ids: Tensor, position_ids: Tensor | None
+    model: PreTrainedModel, token_ids: Tensor, **inputs: Any
 ) -> tuple[dict[nn.Module, list[tuple[Tensor, Tensor]]], Tensor]:
-    """Run the backbone's decoder on tokens [B, S].
+    """Run the backbone's decoder on tokens [B, S], and on what other inputs it is to have.
 
     Returns the keys and values of each call of each attention module, and the decoder's output.
     """
-    decoder = find_decoder(model)
+    decoder, streams = find_decoder(model), find_streams(model)
     recorded: dict[nn.Module, list[tuple[Tensor, Tensor]]] = {}
 
-    def record(module: nn.Module, key: Tensor, value: Tensor) -> None:
+    def record(module: nn.Module, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         recorded.setdefault(module, []).append((key, value))
+        return key, value
 
-    inputs: dict[str, Any] = {"input_ids": token_ids, "use_cache": False}
-    if position_ids is not None:
-        inputs["position_ids"] = position_ids
-    hooks = [intercept(module, _recorder) for module in decoder.modules() if is_handmade(module)]
-    streams = decoder._modules.get(DecoderStreams.child_name)
-    bare = choose(streams.selection, None) if isinstance(streams, DecoderStreams) else nullcontext()
-    forward_state.record = record
+    def record_handmade(module: nn.Module) -> tuple[Extend, int]:
+        return partial(record, module), 0
+
+    hooks = [intercept(m, record_handmade) for m in decoder.modules() if is_handmade(m)]
+    bare = nullcontext() if streams is None else choose(streams.selection, None)
+    this_thread.forward.record = record
     try:
         with eval_mode(decoder), bare:
-            output = decoder(**inputs)
+            output = decoder(input_ids=token_ids, use_cache=False, **inputs)
     finally:
-        forward_state.record = None
+        this_thread.forward.record = None
         for hook in hooks:
             hook.remove()
     return recorded, output[0]
-
-
-def _recorder(module: nn.Module) -> tuple[Extend, int] | None:
-    record = forward_state.record
-    if record is None:
-        return None
-
-    def extend(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        record(module, key, value)
-        return key, value
-
-    return extend, 0
 
 
 def locate_attention(model: PreTrainedModel, config: ParScaleConfig) -> None:
@@ -76,7 +65,7 @@ def locate_attention(model: PreTrainedModel, config: ParScaleConfig) -> None:
             "The backbone lies on the meta device, so its attention cannot be found by running it. "
             "Load its weights first, or pass a config that has attention_shapes."
         )
-    recorded, output = record_attention(model, torch.tensor([[0, 1]], device=device), None)
+    recorded, output = record_attention(model, torch.tensor([[0, 1]], device=device))
     names = {module: name for name, module in model.named_modules()}
     name = type(model).__name__
     shapes = {

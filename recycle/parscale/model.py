@@ -14,15 +14,11 @@ from recycle.backbone.quantization import keep_gradients_of_4bit_layers
 
 from .active import Selection
 from .config import ParScaleConfig
-from .decoder import find_decoder
 from .errors import ParScaleError
-from .layer import StreamLayer, cannot_merge
+from .layer import StreamLayer, cannot_merge, kinds
 from .location import locate_attention
-from .prefix import StreamPrefix
 from .starts import start_from, text_start
-from .streams import DecoderStreams
-
-ATTENTION_LAYERS: tuple[type[StreamLayer], ...] = (StreamPrefix,)  # in every attention module
+from .streams import find_streams, refuse_adapter_names
 
 
 class ParScaleModel(BaseTuner):
@@ -50,7 +46,7 @@ class ParScaleModel(BaseTuner):
 
     @staticmethod
     def _check_target_module_exists(peft_config: ParScaleConfig, key: str) -> bool:
-        return key == peft_config.decoder or key in (peft_config.attention_shapes or {})
+        return any(kind.enters(peft_config, key) for kind in kinds())
 
     def _create_and_replace(
         self,
@@ -62,12 +58,9 @@ class ParScaleModel(BaseTuner):
         current_key: str,
     ) -> None:
         *_, last = target.parameters()
-        kinds: list[type[StreamLayer]] = []
-        if current_key in (peft_config.attention_shapes or {}):
-            kinds += ATTENTION_LAYERS
-        if current_key == peft_config.decoder:
-            kinds.append(DecoderStreams)
-        for kind in kinds:
+        for kind in kinds():
+            if not kind.enters(peft_config, current_key):
+                continue
             if kind.child_name not in target._modules:
                 target.add_module(kind.child_name, kind(target, self.selection))  # type: ignore
             layer = target._modules[kind.child_name]
@@ -101,9 +94,8 @@ class ParScaleModel(BaseTuner):
         locate_attention(model, config)
         # All that can be refused is refused before the model is changed.
         start = text_start(model, config.start_token_ids) if from_text else None
-        streams = find_decoder(model)._modules.get(DecoderStreams.child_name)
-        known = isinstance(streams, DecoderStreams)
-        self.selection = streams.selection if known else Selection()
+        streams = find_streams(model)
+        self.selection = Selection() if streams is None else streams.selection
         super().inject_adapter(
             model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict
         )
@@ -121,12 +113,7 @@ class ParScaleModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        if kwargs.get("adapter_names") is not None:
-            raise ParScaleError(
-                "ParScale runs one adapter for the whole batch and takes no adapter_names, got "
-                f"{kwargs['adapter_names']}. Choose one with model.set_adapter(name) or "
-                "recycle.set_p(model, p)."
-            )
+        refuse_adapter_names(kwargs)
         yield
 
     def _unload_and_optionally_merge(

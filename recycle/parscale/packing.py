@@ -16,17 +16,16 @@ from .errors import ParScaleError
 _PROBE_LENGTH = 16  # long enough for attention that compresses groups of tokens
 
 
-def is_packed(inputs: dict[str, Any]) -> bool:
-    """Whether the rows of a decoder's inputs hold several sequences each.
+def may_be_packed(inputs: dict[str, Any]) -> bool:
+    """Whether the rows of a decoder's inputs may hold several sequences each.
 
-    Compiled code cannot look at the position ids, so there packed rows take `use_cache=False`.
+    A step of decoding never does, nor what has a mask. Compiled code cannot look at the position
+    ids, so there packed rows take `use_cache=False`.
 
     Raises:
-        ParScaleError: They do, and the sequences would see each other.
+        ParScaleError: They do, with nothing that tells them apart.
     """
-    positions, mask, cache = (
-        inputs.get(name) for name in ("position_ids", "attention_mask", "past_key_values")
-    )
+    positions, mask = inputs.get("position_ids"), inputs.get("attention_mask")
     if inputs.get("cu_seq_lens_q") is not None and (positions is None or mask is not None):
         raise ParScaleError(
             "Sequences packed into one row are told apart by position_ids that start again with "
@@ -34,20 +33,14 @@ def is_packed(inputs: dict[str, Any]) -> bool:
             f"{'no position_ids' if positions is None else 'an attention_mask'}. Take them from "
             "transformers' DataCollatorWithFlattening(return_position_ids=True)."
         )
-    if torch.compiler.is_compiling() or mask is not None:
+    if torch.compiler.is_compiling() or mask is not None or not isinstance(positions, Tensor):
         return False
-    if not isinstance(positions, Tensor) or positions.ndim != 2 or positions.shape[1] < 2:
-        return False  # a step of decoding, too, which must not wait for the device
-    if not (positions[:, 1:] <= positions[:, :1]).any():
-        return False
-    if cache is not None and cache.get_seq_length():  # such as branches after one beginning
-        return False
-    if cache is not None or inputs.get("use_cache"):
-        raise ParScaleError(
-            "Sequences packed into one row (position_ids that start again) see each other where "
-            "there is a cache. Pass use_cache=False and no past_key_values."
-        )
-    return True
+    return positions.ndim == 2 and positions.shape[1] > 1
+
+
+def starts_again(positions: Tensor) -> bool:
+    """Whether position ids [B, S] start again within a row. Waits for the device."""
+    return bool((positions[:, 1:] <= positions[:, :1]).any())
 
 
 @torch.no_grad()

@@ -1,8 +1,8 @@
 """Learned keys and values of every stream, and how they enter attention.
 
-Dimensions: B batch, P streams, H key-value heads, n prefix tokens, Q query length, K key length,
-Dk and Dv key and value head size. Streams are batch-major: row `b * P + i` is stream i of sequence
-b.
+Dimensions: B batch, P streams, A attention heads, H key-value heads, n prefix tokens, Q query
+length, K key length, Dk and Dv key and value head size. Streams are batch-major: row `b * P + i` is
+stream i of sequence b.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .active import ActiveStreams, Selection, forward_state
+from .active import ActiveStreams, Selection, this_thread
 from .config import ParScaleConfig
 from .fallback import Extend, intercept, is_handmade
 from .layer import StreamLayer
@@ -37,6 +37,11 @@ class StreamPrefix(nn.Module, StreamLayer):
         self._hook = intercept(attention, _handmade_prefix) if is_handmade(attention) else None
         self.parscale_keys = nn.ParameterDict()
         self.parscale_values = nn.ParameterDict()
+
+    @staticmethod
+    def enters(config: ParScaleConfig, module: str) -> bool:
+        """Every attention module has one."""
+        return module in (config.attention_shapes or {})
 
     def add(self, adapter: str, config: ParScaleConfig, name: str, device: torch.device) -> None:
         """Add an adapter with a random start: normal with standard deviation 0.02, in float32."""
@@ -77,7 +82,7 @@ def _prepend(prefix: Tensor, text: Tensor) -> Tensor:
 
 def _handmade_prefix(module: nn.Module) -> tuple[Extend, int] | None:
     """What a call of a module without the attention interface has to be extended by."""
-    active, prefix = forward_state.active, module._modules.get(StreamPrefix.child_name)
+    active, prefix = this_thread.forward.active, module._modules.get(StreamPrefix.child_name)
     if active is None or not isinstance(prefix, StreamPrefix):
         return None
     return partial(prefix.prepend, active), prefix.num_virtual_tokens(active)
@@ -102,22 +107,22 @@ def attend(
         attention: The function that transformers chose for `implementation`.
         implementation: The name of that function, such as "sdpa".
         module: The attention module.
-        query: `[B*P, heads, Q, Dk]`, after the rotary embedding.
+        query: `[B*P, A, Q, Dk]`, after the rotary embedding.
         key: `[B*P, H, K, Dk]`, after the rotary embedding and the cache.
         value: `[B*P, H, K, Dv]`, after the cache.
-        attention_mask: `[B*P or 1, heads or 1, Q, K]`, bool (true is visible) or additive; None
+        attention_mask: `[B*P or 1, A or 1, Q, K]`, bool (true is visible) or additive; None
             where the function does without.
     """
-    if forward_state.record is not None:
-        forward_state.record(module, key, value)
-    active = forward_state.active
+    if this_thread.forward.record is not None:
+        this_thread.forward.record(module, key, value)
+    active = this_thread.forward.active
     prefix = module._modules.get(StreamPrefix.child_name)
     if active is None or not isinstance(prefix, StreamPrefix):
         return attention(module, query, key, value, attention_mask, *args, **kwargs)
 
     key, value = prefix.prepend(active, key, value)
     n = prefix.num_virtual_tokens(active)
-    position_bias = kwargs.get("position_bias")  # [B*P, heads, Q, K]; none for the prefix
+    position_bias = kwargs.get("position_bias")  # [B*P, A, Q, K]; none for the prefix
     if position_bias is not None:
         kwargs["position_bias"] = F.pad(position_bias, (n, 0))
     if attention_mask is not None:

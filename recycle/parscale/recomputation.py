@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from .active import forward_state
+from .active import this_thread
 
 FUNCTION = "_gradient_checkpointing_func"  # of transformers, on every module that it recomputes
 
@@ -21,16 +21,17 @@ class _CheckpointWithStreams:
         self.checkpoint = checkpoint
 
     def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        active = forward_state.active
+        active = this_thread.forward.active
 
         def run(*inputs: Any) -> Any:
-            if forward_state.active == active:  # no recomputation; in a graph nothing may be set
+            state = this_thread.forward
+            if state.active == active:  # no recomputation; in a graph nothing may be set
                 return function(*inputs)
-            previous, forward_state.active = forward_state.active, active
+            previous, state.active = state.active, active
             try:
                 return function(*inputs)
             finally:
-                forward_state.active = previous
+                state.active = previous
 
         return self.checkpoint(run, *args, **kwargs)
 

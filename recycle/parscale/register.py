@@ -3,14 +3,15 @@
 PEFT keeps its methods in an enum and has no way to add one from outside the library, and a new
 attention name would lose its mask in the models that test for "eager" and "sdpa" by name. So both
 are extended in place, once, on import. Paged batching, which knows nothing of streams, is refused
-where it starts: it runs the model in a thread of its own, where an error reaches nobody.
+where it starts: it runs the model in a thread of its own, where an error reaches nobody. And PEFT
+takes one method for a model, which it says without a way out.
 """
 
 from collections.abc import Callable
 from functools import partial, wraps
 from typing import Any
 
-from peft import PeftType
+from peft import PeftConfig, PeftModel, PeftType
 from peft.utils import register_peft_method
 from torch import nn
 from transformers.generation.continuous_batching import ContinuousMixin
@@ -33,6 +34,7 @@ def register() -> None:
     register_peft_method(name=NAME.lower(), config_cls=ParScaleConfig, model_cls=ParScaleModel)
     _intercept_attention()
     _refuse_paged_batching()
+    _refuse_other_methods()
 
 
 def _add_peft_type() -> None:
@@ -63,12 +65,31 @@ def _refuse_paged_batching() -> None:
 
     @wraps(original)
     def init_continuous_batching(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        for module in self.modules():
-            if isinstance(module, DecoderStreams) and module.selection.current():
-                raise ParScaleError(
-                    "Streams do not run in paged continuous batching (generate_batch). Use "
-                    "generate on a padded batch, or the backbone with recycle.set_p(model, 1)."
-                )
+        layers = (module for module in self.modules() if isinstance(module, DecoderStreams))
+        if any(layer.selection.current() for layer in layers):
+            raise ParScaleError(
+                "Streams do not run in paged continuous batching (generate_batch). Use generate on "
+                "a padded batch, or the backbone with recycle.set_p(model, 1)."
+            )
         return original(self, *args, **kwargs)
 
     ContinuousMixin.init_continuous_batching = init_continuous_batching
+
+
+def _refuse_other_methods() -> None:
+    original = PeftModel.add_adapter
+
+    @wraps(original)
+    def add_adapter(
+        self: PeftModel, adapter_name: str, peft_config: PeftConfig, *args: Any, **kwargs: Any
+    ) -> None:
+        have, new = self.peft_type, peft_config.peft_type
+        if have != new and PeftType.PARSCALE in (have, new):
+            raise ParScaleError(
+                f"PEFT takes one method for a model; this one has {have.value} adapters, and "
+                f"{adapter_name!r} is {new.value}. Merge the other method's into the backbone "
+                "first (merge_and_unload()), and give what that returns to get_peft_model."
+            )
+        original(self, adapter_name, peft_config, *args, **kwargs)
+
+    PeftModel.add_adapter = add_adapter

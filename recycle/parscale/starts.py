@@ -37,17 +37,6 @@ def start_token_ids(
     return [ids[:num_virtual_tokens] for ids in token_ids]
 
 
-def check_token_ids(model: PreTrainedModel, token_ids: Sequence[Sequence[int]] | Tensor) -> None:
-    """Raise `ParScaleError` where a start text has tokens that the model does not know."""
-    size = model.get_input_embeddings().num_embeddings
-    tokens = torch.as_tensor(token_ids)
-    if tokens.min() < 0 or tokens.max() >= size:
-        raise ParScaleError(
-            f"start_token_ids lie between 0 and {size - 1}, got {int(tokens.min())} to "
-            f"{int(tokens.max())}. Take them from the backbone's own tokenizer."
-        )
-
-
 def start_from_text(
     model: PreTrainedModel, token_ids: Sequence[Sequence[int]] | Tensor, adapter: str = "default"
 ) -> None:
@@ -77,16 +66,21 @@ def text_start(
 
     Raises as `start_from_text` does.
     """
-    check_token_ids(model, token_ids)
+    size, tokens = model.get_input_embeddings().num_embeddings, torch.as_tensor(token_ids)
+    if tokens.min() < 0 or tokens.max() >= size:
+        raise ParScaleError(
+            f"start_token_ids lie between 0 and {size - 1}, got {int(tokens.min())} to "
+            f"{int(tokens.max())}. Take them from the backbone's own tokenizer."
+        )
     decoder = find_decoder(model)
-    tokens = torch.as_tensor(token_ids, device=next(decoder.parameters()).device)
+    tokens = tokens.to(next(decoder.parameters()).device)
     rope = getattr(decoder.config, "rope_parameters", None)
-    positions = None
-    if rope is not None:
-        positions = torch.arange(-tokens.shape[1], 0, device=tokens.device).unsqueeze(0)
-    if rope is not None and "llama_4_scaling_beta" in rope:
+    if "llama_4_scaling_beta" in (rope or {}):
         raise _no_text_start(model, "its attention is scaled by a token's position")
-    recorded, _ = record_attention(model, tokens, positions)
+    positions = {}
+    if rope is not None:
+        positions["position_ids"] = torch.arange(-tokens.shape[1], 0, device=tokens.device)[None]
+    recorded, _ = record_attention(model, tokens, **positions)
     for (key, value), *again in recorded.values():
         if any(not torch.equal(key, k) or not torch.equal(value, v) for k, v in again):
             raise _no_text_start(model, "a module attends to more than one pair of keys and values")
@@ -106,13 +100,11 @@ def start_from(
     model: PreTrainedModel, start: dict[nn.Module, tuple[Tensor, Tensor]], adapter: str
 ) -> None:
     """Set an adapter's prefixes to what `text_start` gives, and its aggregators to the mean."""
-    for module, tensors in start.items():
+    for module, (keys, values) in start.items():
         prefix = module._modules[StreamPrefix.child_name]
         assert isinstance(prefix, StreamPrefix)
-        for dictionary, tensor in zip(
-            (prefix.parscale_keys, prefix.parscale_values), tensors, strict=True
-        ):
-            parameter = dictionary[adapter]
+        parameters = prefix.parscale_keys[adapter], prefix.parscale_values[adapter]
+        for parameter, tensor in zip(parameters, (keys, values), strict=True):
             if parameter.shape != tensor.shape:
                 raise ParScaleError(
                     "A text start takes token ids [num_streams, num_virtual_tokens]; adapter "

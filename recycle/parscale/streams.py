@@ -15,14 +15,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
-from .active import ActiveStreams, Selection, choose, forward_state
+from .active import ActiveStreams, Selection, choose, this_thread
 from .aggregator import Aggregator
 from .cache import StreamCache, claim_cache
 from .config import ParScaleConfig
 from .decoder import find_decoder
 from .errors import ParScaleError
 from .layer import StreamLayer
-from .packing import is_packed, keeps_sequences_apart
+from .packing import keeps_sequences_apart, may_be_packed, starts_again
 from .recomputation import carry_no_streams, carry_streams, checkpointable_modules, is_checkpointed
 
 SUPPORTED_ATTENTION = ("sdpa", "eager")
@@ -50,11 +50,16 @@ class DecoderStreams(nn.Module, StreamLayer):
         )
         self._argument_names = list(inspect.signature(decoder.forward).parameters)
         self._checkpointable = checkpointable_modules(decoder)
-        self._keeps_sequences_apart: bool | None = None  # not yet known
+        self._sequences_kept_apart: bool | None = None  # by the backbone; not yet known
         self._hooks = [
             decoder.register_forward_pre_hook(self._replicate, with_kwargs=True),
             decoder.register_forward_hook(self._aggregate, with_kwargs=True, always_call=True),
         ]
+
+    @staticmethod
+    def enters(config: ParScaleConfig, module: str) -> bool:
+        """The decoder has them."""
+        return module == config.decoder
 
     def add(self, adapter: str, config: ParScaleConfig, name: str, device: torch.device) -> None:
         """Add an adapter's aggregators; its largest P is in use first."""
@@ -87,7 +92,7 @@ class DecoderStreams(nn.Module, StreamLayer):
         self, decoder: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Make the decoder's inputs [B, ...] into those of all streams, [B*P, ...]."""
-        forward_state.active = None
+        this_thread.forward.active = None
         active = self.selection.current()
         inputs = {**dict(zip(self._argument_names, args, strict=False)), **kwargs}
         if inputs.get("past_key_values") is not None:
@@ -97,9 +102,8 @@ class DecoderStreams(nn.Module, StreamLayer):
         self._refuse(decoder, inputs)
         tokens = inputs.get("input_ids")
         tokens = inputs["inputs_embeds"] if tokens is None else tokens  # [B, S] or [B, S, D]
-        if is_packed(inputs):
-            self._check_packing(decoder, tokens.device)
-            inputs["use_cache"] = False
+        if may_be_packed(inputs):
+            self._keep_apart(decoder, inputs)
         self._count_positions(inputs, length=tokens.shape[1])
         for name, value in inputs.items():
             inputs[name] = _repeat(name, value, tokens.shape[0], active.num_streams)
@@ -108,7 +112,7 @@ class DecoderStreams(nn.Module, StreamLayer):
             not torch.compiler.is_compiling() or is_checkpointed(decoder)
         ):
             carry_streams(self._checkpointable)
-        forward_state.active = active
+        this_thread.forward.active = active
         return (), inputs
 
     def _refuse(self, decoder: PreTrainedModel, inputs: dict[str, Any]) -> None:
@@ -118,22 +122,41 @@ class DecoderStreams(nn.Module, StreamLayer):
                 f"Streams run with attn_implementation {' or '.join(SUPPORTED_ATTENTION)}, got "
                 f"{implementation!r}. Load the backbone with attn_implementation='sdpa'."
             )
-        if inputs.get("adapter_names") is not None:  # past PEFT, which would have refused them
-            raise ParScaleError(
-                "ParScale runs one adapter for the whole batch and takes no adapter_names, got "
-                f"{inputs['adapter_names']}. Choose one with recycle.set_p(model, p)."
-            )
+        refuse_adapter_names(inputs)  # past PEFT, which would have refused them
 
-    def _check_packing(self, decoder: PreTrainedModel, device: torch.device) -> None:
-        if self._keeps_sequences_apart is None:
-            with choose(self.selection, None):
-                self._keeps_sequences_apart = keeps_sequences_apart(decoder, device)
-        if not self._keeps_sequences_apart:
+    def _keep_apart(self, decoder: PreTrainedModel, inputs: dict[str, Any]) -> None:
+        """Let no sequences see each other that are packed into one row.
+
+        Only the device knows whether they are, and a pass that asks it has to wait. A pass need not
+        ask that fills no cache, on a backbone which keeps them apart: packed or not, it is right.
+        So training with `use_cache=False` does not wait here. (transformers itself asks once more
+        in such a pass, where it makes the mask.)
+        """
+        positions, cache = inputs["position_ids"], inputs.get("past_key_values")
+        use_cache = inputs.get("use_cache")
+        fills = cache is not None or (decoder.config.use_cache if use_cache is None else use_cache)
+        if (fills or not self._keeps_apart(decoder, positions)) and not starts_again(positions):
+            return
+        if cache is not None and cache.get_seq_length():  # such as branches after one beginning
+            return
+        if cache is not None or use_cache:
+            raise ParScaleError(
+                "Sequences packed into one row (position_ids that start again) see each other "
+                "where there is a cache. Pass use_cache=False and no past_key_values."
+            )
+        if not self._keeps_apart(decoder, positions):
             raise ParScaleError(
                 f"{type(decoder).__name__} lets sequences that are packed into one row see each "
                 "other, whatever their position_ids: its mask does not heed them, or its layers "
                 "carry states along the row. Give each sequence a row of its own, with padding."
             )
+        inputs["use_cache"] = False
+
+    def _keeps_apart(self, decoder: PreTrainedModel, positions: Tensor) -> bool:
+        if self._sequences_kept_apart is None:
+            with choose(self.selection, None):
+                self._sequences_kept_apart = keeps_sequences_apart(decoder, positions.device)
+        return self._sequences_kept_apart
 
     def _count_positions(self, inputs: dict[str, Any], length: int) -> None:
         """Count the positions of padded text from its first token on.
@@ -170,7 +193,7 @@ class DecoderStreams(nn.Module, StreamLayer):
         self, decoder: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> Any:
         """Merge the streams' final hidden states [B*P, S, D] into [B, S, D], one for each P."""
-        active, forward_state.active = forward_state.active, None
+        active, this_thread.forward.active = this_thread.forward.active, None
         cache = kwargs.get("past_key_values")
         if isinstance(cache, StreamCache):
             cache.close()
@@ -203,9 +226,9 @@ def _repeat(name: str, value: Any, batch: int, p: int) -> Any:
         return {key: _repeat(name, mask, batch, p) for key, mask in value.items()}
     if p == 1 or not isinstance(value, Tensor) or value.ndim < 2:
         return value
-    if name == "position_ids" and value.ndim == 3:  # [3, B, S] of multimodal rotary embeddings
-        return value.repeat_interleave(p, dim=1) if value.shape[1] == batch else value
-    return value.repeat_interleave(p, dim=0) if value.shape[0] == batch else value
+    # Multimodal rotary embeddings have position ids [3, B, S].
+    dim = 1 if name == "position_ids" and value.ndim == 3 else 0
+    return value.repeat_interleave(p, dim=dim) if value.shape[dim] == batch else value
 
 
 def _outside(part: Any, last: Tensor, merged: Tensor) -> Any:
@@ -228,6 +251,22 @@ def _by_stream(router_logits: Tensor, batch: int, p: int) -> Iterator[Tensor]:
     yield from (part.flatten(0, 1) for part in by_stream.unbind(1))
 
 
+def refuse_adapter_names(inputs: dict[str, Any]) -> None:
+    """Raise `ParScaleError` where each row of a batch asks for an adapter of its own."""
+    if inputs.get("adapter_names") is not None:
+        raise ParScaleError(
+            "ParScale runs one adapter for the whole batch and takes no adapter_names, got "
+            f"{inputs['adapter_names']}. Choose one with model.set_adapter(name) or "
+            "recycle.set_p(model, p)."
+        )
+
+
+def find_streams(model: nn.Module) -> DecoderStreams | None:
+    """The streams around the decoder of a model; None where it has no ParScale adapter."""
+    streams = find_decoder(model)._modules.get(DecoderStreams.child_name)
+    return streams if isinstance(streams, DecoderStreams) else None
+
+
 def streams_of(model: nn.Module) -> DecoderStreams:
     """The streams around the decoder of a model with ParScale adapters.
 
@@ -236,13 +275,13 @@ def streams_of(model: nn.Module) -> DecoderStreams:
     """
     if isinstance(model, DecoderStreams):
         return model
-    layer = find_decoder(model)._modules.get(DecoderStreams.child_name)
-    if not isinstance(layer, DecoderStreams):
+    streams = find_streams(model)
+    if streams is None:
         raise ParScaleError(
             f"{type(model).__name__} has no ParScale adapter. Load one with recycle.load(folder), "
             "or add one with peft.get_peft_model(model, recycle.parscale.ParScaleConfig(...))."
         )
-    return layer
+    return streams
 
 
 @contextmanager
