@@ -12,7 +12,6 @@ from recycle.backbone.source import (
     SINGLE,
     TOKENIZER_FILES,
     SourceFiles,
-    fetched,
     read_config,
 )
 from recycle.disk import expand
@@ -91,13 +90,12 @@ def export_checkpoint(
     }
     new = _stream_tensors(member, Sizes.of(config), folder)
     kept = _backbone_tensors(held, config, llama, files.id)
-    companions = _companions(files)
     with new_folder(out) as written:
         _write_weights(written, files, kept, new, llama)
         (written / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        if not copy_files(companions, written, TOKENIZER_FILES):
+        if not copy_files(files.folder, written, TOKENIZER_FILES):
             copy_files(folder, written, TOKENIZER_FILES)
-        copy_files(companions, written, (GENERATION,))
+        copy_files(files.folder, written, (GENERATION,))
         _name_tokenizer_class(written)
     return out
 
@@ -202,9 +200,3 @@ def _name_tokenizer_class(folder: Path) -> None:
         if config.get("tokenizer_class") == "TokenizersBackend":
             config["tokenizer_class"] = "PreTrainedTokenizerFast"
             file.write_text(json.dumps(config, indent=2) + "\n")
-
-
-def _companions(files: SourceFiles) -> Path:
-    """The folder with the backbone's tokenizer, which is fetched if it lies on the Hub."""
-    wanted = [*TOKENIZER_FILES, GENERATION]
-    return fetched(files.id, files.revision, wanted, {"local_files_only": files.local_only})
