@@ -1,9 +1,11 @@
 """Files and paths: written in one piece, known by their hash, and with ~ filled in."""
 
 import hashlib
+import json
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 from .errors import RecycleError
 
@@ -23,6 +25,17 @@ def write_atomically(path: Path, content: bytes) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def read_json_object(path: Path, error: type[RecycleError]) -> dict[str, Any]:
+    """The JSON object that a file holds; raises `error` where it is damaged or missing."""
+    try:
+        content = json.loads(path.read_bytes())
+    except (ValueError, OSError) as problem:
+        raise error(f"{path} is damaged ({problem}). Copy or fetch it again.") from None
+    if not isinstance(content, dict):
+        raise error(f"{path} is damaged: it must hold a JSON object. Copy or fetch it again.")
+    return content
 
 
 def file_sha256(path: Path) -> str:

@@ -76,4 +76,4 @@ def test_no_code_of_a_model_is_ever_run():
                 found += 1
                 said = {word.arg: ast.unparse(word.value) for word in node.keywords}
                 assert said.get("trust_remote_code") == "False", f"{path}:{node.lineno}"
-    assert found >= 5
+    assert found >= 4

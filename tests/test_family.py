@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import recycle
+from recycle.backbone import BackboneError
 from recycle.backbone.fingerprint import fingerprint_model
 from recycle.family import (
     Family,
@@ -221,6 +222,27 @@ def test_a_backbone_that_has_gone_is_named(broken, backbone, tmp_path):
     load(broken, backbone=backbone)
 
 
+def test_a_path_that_was_corrected_in_one_adapter(broken, backbone):
+    path = broken / "p2" / "adapter_config.json"
+    config = json.loads(path.read_text()) | {"base_model_name_or_path": f"{backbone}/."}
+    path.write_text(json.dumps(config))
+    assert available_p(load(broken)) == [1, 2, 4]
+
+
+def test_a_kill_leaves_no_adapter_that_is_half_written(nested, tmp_path, monkeypatch):
+    from recycle.family.folder import write_adapter
+
+    def killed(config, folder):
+        raise KeyboardInterrupt
+
+    config = stream_config()
+    monkeypatch.setattr(type(config), "save_pretrained", killed)
+    copy = shutil.copytree(nested[0] / "p2", tmp_path / "p2")
+    with pytest.raises(KeyboardInterrupt):
+        write_adapter(copy, config, {"x": torch.zeros(1)})
+    assert [path.name for path in copy.iterdir()] == ["adapter_model.safetensors"]
+
+
 def test_a_trained_backbone_offers_no_p_1(broken):
     content = json.loads((broken / "family.json").read_text())
     (broken / "family.json").write_text(json.dumps(content | {"backbone_trained": True}))
@@ -250,6 +272,31 @@ def test_the_home_folder(nested, backbone, tmp_path, monkeypatch):
     shutil.copytree(nested[0], tmp_path / "run")
     model = load("~/run", backbone="~/model", dtype=torch.float32)
     assert torch.equal(logits(model, IDS), nested[1][4])
+
+
+def test_the_recorded_commit_holds_where_the_recorded_backbone_is_named(nested, monkeypatch):
+    from recycle.family import adapters
+
+    asked = []
+
+    def source_files(location, revision, access):
+        asked.append((location, revision))
+        raise BackboneError("enough")
+
+    monkeypatch.setattr(adapters, "source_files", source_files)
+    config = stream_config(base_model_name_or_path="tiny/model", revision="abc")
+    for name in (None, "tiny/model", "tiny/other"):
+        with pytest.raises(FamilyError, match="enough"):
+            adapters.find_backbone(nested[0], config, "run", name)
+    assert asked == [("tiny/model", "abc"), ("tiny/model", "abc"), ("tiny/other", None)]
+
+
+def test_dtype_auto_is_the_recorded_one(nested, broken):
+    for path in broken.glob("*/adapter_config.json"):
+        config = json.loads(path.read_text()) | {"backbone_dtype": "bfloat16"}
+        path.write_text(json.dumps(config))
+    assert load(broken, dtype="auto").dtype == torch.bfloat16
+    assert load(broken, torch_dtype="float32").dtype == torch.float32
 
 
 def test_what_would_be_ignored_is_refused(nested):
@@ -398,11 +445,20 @@ def _(folder, backbone):
 
 @damage("a fingerprint is torn")
 def _(folder, backbone):
-    path = folder / "p4" / "adapter_config.json"
-    config = json.loads(path.read_text())
-    config["fingerprint"].pop("tensors")
-    path.write_text(json.dumps(config))
+    for path in folder.glob("*/adapter_config.json"):
+        config = json.loads(path.read_text())
+        config["fingerprint"].pop("tensors")
+        path.write_text(json.dumps(config))
     return "the fingerprint in adapter_config.json is damaged .*'tensors'"
+
+
+@damage("a config is of another backbone")
+def _(folder, backbone):
+    path = folder / "p2" / "adapter_config.json"
+    config = json.loads(path.read_text())
+    config["fingerprint"]["tensors"] = "0"
+    path.write_text(json.dumps(config))
+    return "disagree in fingerprint"
 
 
 def change_weights(folder, change):
@@ -447,7 +503,7 @@ def test_what_is_no_family_is_refused(tmp_path, backbone):
     lora = get_peft_model(tiny_model("llama"), LoraConfig(target_modules=["q_proj"]))
     lora.save_pretrained(tmp_path / "lora")
     with pytest.raises(FamilyError, match="is a LORA adapter; recycle loads ParScale"):
-        load(tmp_path / "lora")
+        load(tmp_path / "lora", p=4)
     for function in (available_p, get_p, lambda model: set_p(model, 2)):
         with pytest.raises(ParScaleError, match="has no ParScale adapter"):
             function(lora)

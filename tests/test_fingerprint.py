@@ -159,7 +159,7 @@ def test_an_adapter_beside_the_model_is_refused(folder: Path) -> None:
 
 def test_torn_json_is_named(folder: Path) -> None:
     (folder / "config.json").write_text('{"model_type": "qwen2"')
-    with pytest.raises(BackboneError, match=r"config\.json is not valid JSON"):
+    with pytest.raises(BackboneError, match=r"config\.json is damaged \(Expecting"):
         fingerprint_model(folder)
 
 
@@ -179,12 +179,12 @@ def test_what_is_no_model_folder(tmp_path: Path, folder: Path) -> None:
         fingerprint_model(tmp_path)
     with pytest.raises(BackboneError, match="revision belongs to a Hub id"):
         fingerprint_model(folder, revision="main")
-    with pytest.raises(BackboneError, match="neither a folder nor a Hub id: 'a b'"):
+    with pytest.raises(BackboneError, match="no such folder: 'a b'; name a folder, or a Hub"):
         fingerprint_model("a b")
 
 
 def test_offline_and_not_in_the_cache() -> None:
     with pytest.raises(
-        BackboneError, match=r"cannot reach the Hub.*config.json' of model 'tiny/x'"
+        BackboneError, match=r"cannot reach the Hub.* does not hold the files of model 'tiny/x'"
     ):
         fingerprint_model("tiny/x")

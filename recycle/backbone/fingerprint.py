@@ -24,26 +24,15 @@ from .source import ANYONE, Access, SourceFiles, read_config, source_files
 
 SLICES, SLICE_BYTES = 4, 64  # in each tensor: the first bytes, the last, and two slices between
 
-# Keys of config.json that leave every logit as it is: who wrote the file, how the model is loaded
-# and called, which code it came with, and token ids that only generation and padding read.
+# Keys of config.json that leave every logit as it is.
 VOLATILE = {
-    "_attn_implementation_autoset",
-    "_commit_hash",
-    "_name_or_path",
-    "attn_implementation",
-    "auto_map",
-    "bos_token_id",
-    "dtype",
-    "eos_token_id",
-    "initializer_range",
-    "output_attentions",
-    "output_hidden_states",
-    "pad_token_id",
-    "return_dict",
-    "torch_dtype",
-    "transformers_version",
-    "unk_token_id",
-    "use_cache",
+    # Who wrote the file, and which code it came with.
+    *("_commit_hash", "_name_or_path", "auto_map", "transformers_version"),
+    # How the model is loaded and called.
+    *("_attn_implementation_autoset", "attn_implementation", "dtype", "torch_dtype"),
+    *("initializer_range", "output_attentions", "output_hidden_states", "return_dict", "use_cache"),
+    # Token ids that only generation and padding read.
+    *("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id"),
 }
 
 

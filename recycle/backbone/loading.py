@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -28,13 +29,7 @@ from .quantization import (
     settle_quantization,
     stored_quantization,
 )
-from .source import (
-    SourceFiles,
-    looks_like_path,
-    read_config,
-    refuse_revision,
-    source_files,
-)
+from .source import SourceFiles, read_config, refuse_revision, source_files
 
 
 class BackboneConfig(Protocol):
@@ -83,33 +78,84 @@ def load_backbone(
     _check_architecture(files.id, config)
     stored = stored_quantization(config)
     quantization = settle_quantization(files.id, stored, backbone.quantization)
-    fingerprint = fingerprint_files(files)
-    source = Source(files.id, files.revision, fingerprint, quantization, _read_notes(files))
-    # Pinned to one commit and, where the Hub is out of reach, not asking it file by file.
-    tokenizer = load_tokenizer(source.id, source.revision, files.local_only)
-    origin = {"revision": source.revision or "main", "local_files_only": files.local_only}
-    is_stored = stored is not None
-    model = _load_model(backbone, source.id, torch.device(device), is_stored, **origin)
-    if is_stored:
-        compute_in(model, getattr(torch, backbone.dtype))
-    return model, tokenizer, source
+    notes = files.folder / NOTES
+    source = Source(
+        id=files.id,
+        revision=files.revision,
+        fingerprint=fingerprint_files(files),
+        quantization=quantization,
+        notes=json.loads(notes.read_text(encoding="utf-8")) if notes.is_file() else {},
+    )
+    tokenizer = load_tokenizer(files.folder)
+    attention = backbone.attn_implementation
+    options: dict[str, Any] = {"attn_implementation": None if attention == "auto" else attention}
+    if quantization is not None or torch.device(device).type != "cpu":
+        options["device_map"] = {"": device}  # straight to the device, not through the CPU
+    return load_model(files, backbone.dtype, quantization, **options), tokenizer, source
 
 
 def resolve_source(id: str, revision: str | None = None) -> str:
-    """Return the absolute folder, or the Hub id, that a recipe's `backbone.id` stands for.
+    """Return the folder, or the Hub id, that a recipe's `backbone.id` stands for.
 
     Dequantises a `package://` file unless its folder lies in the cache already.
     """
     if id.startswith(PACKAGE_SCHEME):
         refuse_revision(id, revision)
         return str(dequantised(id))
-    path = expand(id)
-    if path.is_file():
+    if expand(id).is_file():
         raise BackboneError(
             f"a backbone is a folder, a Hub id or {PACKAGE_SCHEME}PACKAGE/FILE.gguf, "
             f"but {id!r} is a file"
         )
-    return str(path.absolute()) if path.is_dir() or looks_like_path(id) else id
+    return id
+
+
+def load_model(
+    files: SourceFiles,
+    dtype: str | torch.dtype | None,
+    quantization: str | None = None,
+    **options: Any,
+) -> PreTrainedModel:
+    """Load a causal LM from its files: every parameter frozen, in eval mode.
+
+    Args:
+        files: See `source_files`.
+        dtype: What it computes in, also where it is stored quantised; None is as it was saved.
+        quantization: "int8" or "nf4", what weights are rounded to that are not stored quantised.
+        options: Go to `from_pretrained`.
+
+    Raises:
+        BackboneError: It cannot be loaded, its weights do not fit its config.json, or there is no
+            bitsandbytes.
+    """
+    stored = stored_quantization(read_config(files)) is not None
+    if quantization is not None and not stored:
+        options["quantization_config"] = quantization_config(quantization, dtype)
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            files.folder,
+            dtype=dtype or "auto",
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # told below, by name
+            **options,
+        )
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
+        raise BackboneError(
+            f"The backbone {files.id} cannot be loaded: {first_line(error)}"
+        ) from None
+    wrong = sorted({*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])})
+    if wrong:
+        raise BackboneError(
+            f"the weights of {files.id!r} do not fit its config.json: {len(wrong)} tensors are "
+            f"missing or of another shape, {wrong[0]!r} among them: get the model anew"
+        )
+    if stored and dtype is not None:
+        compute_in(model, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+    keep_gradients_of_4bit_layers(model)
+    model.name_or_path = model.config.name_or_path = files.id  # not a folder of the Hub's cache
+    return model.eval().requires_grad_(False)
 
 
 def _check_architecture(name: str, config: dict[str, Any]) -> None:
@@ -139,21 +185,14 @@ def _check_architecture(name: str, config: dict[str, Any]) -> None:
         )
 
 
-def load_tokenizer(
-    where: str, revision: str | None = None, local_files_only: bool = False
-) -> PreTrainedTokenizerBase:
-    """Load the tokenizer in a folder or Hub repository; no code from there is ever run.
+def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
+    """Load the tokenizer in a local folder; no code from there is ever run.
 
     Raises:
         BackboneError: There is none, or it cannot be read.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            where,
-            revision=revision or "main",
-            local_files_only=local_files_only,
-            trust_remote_code=False,
-        )
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         # Where no tokenizer file is, some model types get an empty tokenizer rather than an error.
         missing, detail = len(tokenizer) <= len(tokenizer.all_special_tokens), ""
     except Exception as error:
@@ -165,49 +204,8 @@ def load_tokenizer(
         missing, detail = True, f" ({first_line(error)})"
     if missing:
         raise BackboneError(
-            f"{where!r} has no tokenizer that transformers can load{detail}: put the tokenizer "
-            "of the model it was made from beside the weights (tokenizer.json and "
+            f"{str(folder)!r} has no tokenizer that transformers can load{detail}: put the "
+            "tokenizer of the model it was made from beside the weights (tokenizer.json and "
             "tokenizer_config.json, as `tokenizer.save_pretrained(FOLDER)` writes them)"
         )
     return tokenizer
-
-
-def _load_model(
-    backbone: BackboneConfig, id: str, device: torch.device, stored: bool, **origin: Any
-) -> PreTrainedModel:
-    placement: dict[str, Any] = {}
-    attention = backbone.attn_implementation
-    dtype = getattr(torch, backbone.dtype)
-    if backbone.quantization is not None and not stored:
-        config = quantization_config(backbone.quantization, backbone.dtype)
-        placement["quantization_config"] = config
-    if backbone.quantization is not None or stored or device.type != "cpu":
-        placement["device_map"] = {"": device}  # straight to the device, not through the CPU
-    try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            id,
-            dtype=dtype,
-            attn_implementation=None if attention == "auto" else attention,
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # told below, by name
-            adapter_kwargs={"local_files_only": origin["local_files_only"]},  # not passed on alone
-            **origin,
-            **placement,
-        )
-    except (OSError, ValueError, ImportError, SafetensorError) as error:
-        raise BackboneError(f"cannot load {id!r}: {first_line(error)}") from None
-    wrong = sorted({*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])})
-    if wrong:
-        raise BackboneError(
-            f"the weights of {id!r} do not fit its config.json: {len(wrong)} tensors are "
-            f"missing or of another shape, {wrong[0]!r} among them: get the model anew"
-        )
-    keep_gradients_of_4bit_layers(model)
-    return model.eval().requires_grad_(False)
-
-
-def _read_notes(files: SourceFiles) -> dict[str, Any]:
-    path = files.config.parent / NOTES
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

@@ -5,15 +5,12 @@ The package is found and never imported. The folder is `$RECYCLE_CACHE/backbones
 holds weights, tokenizer, chat template, the package's licence and a note of where it is from.
 """
 
-import hashlib
 import importlib.metadata
 import importlib.util
 import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +20,7 @@ from filelock import FileLock
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from recycle.disk import expand, is_write_failure
+from recycle.disk import expand, file_sha256, is_write_failure
 from recycle.errors import RecycleError
 
 from .errors import BackboneError, first_line
@@ -46,13 +43,13 @@ def dequantised(id: str) -> Path:
     the lock is dropped when its holder dies, and the next one starts anew.
     """
     package, file = _find_file(id)
-    digest = _sha256_of(file)
+    digest = file_sha256(file)
     cache = _cache()
     folder = cache / "backbones" / f"{file.stem}-{digest[:12]}"
     if folder.is_dir():
         return folder
     part = folder.with_name(folder.name + ".part")
-    with _writing(folder):
+    try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_name(folder.name + ".lock")):
             if folder.is_dir():
@@ -63,6 +60,13 @@ def dequantised(id: str) -> Path:
                 part.rename(folder)
             finally:
                 shutil.rmtree(part, ignore_errors=True)
+    except Exception as error:
+        if not is_write_failure(error):
+            raise
+        raise BackboneError(
+            f"cannot write the dequantised backbone to {str(folder)!r} ({first_line(error)}): "
+            "make room there, or set RECYCLE_CACHE to another folder"
+        ) from None
     return folder
 
 
@@ -73,19 +77,6 @@ def _cache() -> Path:
         raise BackboneError(
             "a dequantised backbone is kept in ~/.cache/recycle, and this user has no home folder: "
             "set RECYCLE_CACHE to a folder"
-        ) from None
-
-
-@contextmanager
-def _writing(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:
-        if not is_write_failure(error):
-            raise
-        raise BackboneError(
-            f"cannot write the dequantised backbone to {str(folder)!r} ({first_line(error)}): "
-            "make room there, or set RECYCLE_CACHE to another folder"
         ) from None
 
 
@@ -114,11 +105,6 @@ def _find_file(id: str) -> tuple[str, Path]:
 
 def _pip_name(package: str) -> str:
     return PIP_NAMES.get(package, package.replace("_", "-"))
-
-
-def _sha256_of(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _dequantise(package: str, file: Path, digest: str, folder: Path) -> None:

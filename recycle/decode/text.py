@@ -99,6 +99,6 @@ def _tokenizer(source: str, backbone: str | None) -> PreTrainedTokenizerBase:
     config = read_members(folder, Family.read(folder))[0].config
     files = find_backbone(folder, config, source, backbone)
     try:
-        return load_tokenizer(files.id, files.revision, files.local_only)
+        return load_tokenizer(files.folder)
     except BackboneError as error:
         raise BackboneError(f"neither {source} nor its backbone has a tokenizer: {error}") from None

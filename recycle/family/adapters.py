@@ -9,27 +9,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import PeftModelForCausalLM, get_peft_model_state_dict
 from peft.utils import set_peft_model_state_dict
-from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
-from recycle.backbone.errors import BackboneError, first_line
+from recycle.backbone import BackboneError, load_model
 from recycle.backbone.fingerprint import Fingerprint, differences, fingerprint_files
-from recycle.backbone.quantization import (
-    compute_in,
-    quantization_config,
-    stored_quantization,
-)
-from recycle.backbone.source import (
-    ANYONE,
-    Access,
-    SourceFiles,
-    read_config,
-    source_files,
-)
+from recycle.backbone.source import ANYONE, Access, SourceFiles, source_files
 from recycle.disk import expand, file_sha256
 from recycle.parscale import ParScaleConfig, cut_state, streams_of
 
@@ -59,7 +46,8 @@ def load(
         backbone_options: Go to the backbone's `from_pretrained`: device_map, attn_implementation,
             … `token`, `cache_dir` and `local_files_only` hold for `source` as well. The backbone
             computes as it did when the adapters were trained and measured, unless `dtype` or
-            `quantization_config` (None for the weights as they are stored) say otherwise.
+            `quantization_config` (None for the weights as they are stored) say otherwise; `dtype`
+            "auto" does not.
 
     Returns:
         A PEFT model in eval mode. `set_p` switches it; an adapter named "control", where the family
@@ -69,10 +57,10 @@ def load(
         FamilyError: The folder holds no family, a file of it is damaged, it lacks `p`, or the
             backbone is missing or another one than the family was trained on. An adapter that
             PEFT wrote has no fingerprint: of its backbone only the shapes are checked.
-
+        BackboneError: The backbone's files are there and cannot be loaded.
     """
-    refused = sorted({"trust_remote_code", "use_safetensors"} & set(backbone_options))
-    if refused:
+    ours = {"trust_remote_code", "use_safetensors", "output_loading_info"}
+    if refused := sorted(ours & set(backbone_options)):
         raise FamilyError(
             "recycle.load reads safetensors only and runs no code from a model's repository; leave "
             f"out {' and '.join(refused)}."
@@ -82,43 +70,16 @@ def load(
     family = Family.read(folder)
     family.check(p, str(source))
     members = read_members(folder, family)
-    files = find_backbone(folder, members[0].config, str(source), backbone, access)
-    stored_quantised = stored_quantization(read_config(files)) is not None
-    options = _as_trained(members[0].config, stored_quantised, backbone_options) | backbone_options
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            files.id,
-            revision=files.revision or "main",
-            trust_remote_code=False,
-            use_safetensors=True,
-            adapter_kwargs=access,  # the same place is asked whether it is an adapter
-            **options,
-        )
-    except (OSError, ValueError, ImportError, SafetensorError) as error:
-        raise FamilyError(
-            f"The backbone {files.id} cannot be loaded: {first_line(error)}"
-        ) from None
-    if stored_quantised and options.get("dtype") is not None:
-        dtype = options["dtype"]
-        compute_in(model, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
-    peft_model = attach(model, members, folder)
+    config = members[0].config
+    files = find_backbone(folder, config, str(source), backbone, access)
+    given = [backbone_options.pop(key, None) for key in ("dtype", "torch_dtype")]
+    dtype = next((each for each in given if each not in (None, "auto")), config.backbone_dtype)
+    unquantised = "quantization_config" in backbone_options
+    quantization = None if unquantised else config.backbone_quantization
+    peft_model = attach(load_model(files, dtype, quantization, **backbone_options), members, folder)
     if p is not None or family.p_values:
         set_p(peft_model, max(family.offered) if p is None else p)
     return peft_model
-
-
-def _as_trained(
-    config: ParScaleConfig, stored_quantised: bool, chosen: dict[str, Any]
-) -> dict[str, Any]:
-    """Options for `from_pretrained` that give the arithmetic that an adapter was trained in."""
-    options: dict[str, Any] = {}
-    if config.backbone_dtype is not None and "torch_dtype" not in chosen:
-        options["dtype"] = config.backbone_dtype
-    quantization = config.backbone_quantization
-    if quantization is not None and not stored_quantised and "quantization_config" not in chosen:
-        dtype = chosen.get("dtype", config.backbone_dtype)
-        options["quantization_config"] = quantization_config(quantization, dtype)
-    return options
 
 
 def find_backbone(
@@ -142,8 +103,8 @@ def find_backbone(
     """
     location, revision = config.base_model_name_or_path, config.revision
     if backbone is not None:
-        location, revision = str(expand(backbone)), None
-        location = location if Path(location).is_dir() else str(backbone)
+        same = str(backbone) == location and not expand(backbone).is_dir()
+        location, revision = str(backbone), revision if same else None
     elif (folder / BACKBONE).is_dir():  # imported with it; the folder may have moved since
         location, revision = str(folder / BACKBONE), None
     name = "with --backbone on the command line, or recycle.load(..., backbone=...)"

@@ -7,12 +7,12 @@ from typing import NamedTuple
 import torch
 from peft import PeftConfig, PeftType
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from recycle.backbone.errors import BackboneError
 from recycle.backbone.source import ANYONE, TOKENIZER_FILES, Access, fetched
-from recycle.disk import file_sha256
+from recycle.disk import file_sha256, write_atomically
 from recycle.parscale import ParScaleConfig, nest_states
 
 from .record import (
@@ -24,6 +24,7 @@ from .record import (
     Family,
     FamilyError,
     check_source,
+    refuse_other_methods,
 )
 
 BACKBONE = "backbone"  # folder of an imported adapter that brings its own
@@ -79,11 +80,12 @@ def read_members(folder: Path, family: Family) -> list[Member]:
 
 
 def _check_agreement(members: list[Member], folder: Path) -> None:
-    for field in ("backbone_dtype", "backbone_quantization", "base_model_name_or_path"):
-        recorded = {getattr(member.config, field) for member in members}
+    """Refuse adapters of several backbones; where it lies now, each may say in its own way."""
+    for field in ("backbone_dtype", "backbone_quantization", "fingerprint"):
+        recorded = {str(getattr(member.config, field)) for member in members}
         if len(recorded) > 1:
             raise FamilyError(
-                f"The adapters in {folder} disagree in {field}: {sorted(map(str, recorded))}. "
+                f"The adapters in {folder} disagree in {field}: {sorted(recorded)}. "
                 "They are of several runs; copy the whole folder of one."
             )
 
@@ -103,11 +105,8 @@ def _read_config(folder: Path) -> ParScaleConfig:
         raise FamilyError(
             f"{folder / CONFIG} cannot be read as an adapter's config: {error}"
         ) from None
-    if not isinstance(config, ParScaleConfig):
-        raise FamilyError(
-            f"{folder / CONFIG} is a {PeftType(config.peft_type).value} adapter; recycle loads "
-            "ParScale adapters. Load it with peft.PeftModel.from_pretrained."
-        )
+    refuse_other_methods(folder / CONFIG, PeftType(config.peft_type).value)
+    assert isinstance(config, ParScaleConfig)
     return config
 
 
@@ -131,7 +130,11 @@ def _read_state(folder: Path, sha256: str | None) -> dict[str, Tensor]:
 
 
 def write_adapter(folder: Path, config: ParScaleConfig, state: dict[str, Tensor]) -> None:
-    """Write one plain PEFT adapter: `adapter_config.json` and `adapter_model.safetensors`."""
+    """Write one plain PEFT adapter: `adapter_model.safetensors`, and `adapter_config.json` last.
+
+    Without its config a folder is no adapter, and so a kill leaves none that is half written.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
+    (folder / CONFIG).unlink(missing_ok=True)
+    write_atomically(folder / WEIGHTS, save(state, metadata={"format": "pt"}))
     config.save_pretrained(str(folder))

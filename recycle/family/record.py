@@ -11,9 +11,8 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
-from recycle.disk import expand, write_atomically
+from recycle.disk import expand, read_json_object, write_atomically
 from recycle.errors import RecycleError
 
 FAMILY_FILE = "family.json"
@@ -55,7 +54,8 @@ class Family:
             return _parse(folder / FAMILY_FILE)
         if not (folder / CONFIG).is_file():
             raise FamilyError(_what_is_there(folder))
-        config = _read_json(folder / CONFIG)
+        config = read_json_object(folder / CONFIG, FamilyError)
+        refuse_other_methods(folder / CONFIG, config.get("peft_type"))
         p_values = config.get("p_values") or [config.get("num_streams", 1)]
         return Family(
             p_values=[p for p in p_values if p > 1],
@@ -84,6 +84,15 @@ def listed(offered: Sequence[int]) -> str:
     return ", ".join(map(str, offered)) or "nothing but its one-stream adapter"
 
 
+def refuse_other_methods(path: Path, peft_type: str | None) -> None:
+    """Raise `FamilyError` where an adapter's config is not of ParScale."""
+    if peft_type != "PARSCALE":
+        raise FamilyError(
+            f"{path} is a {peft_type} adapter; recycle loads ParScale adapters. Load it with "
+            "peft.PeftModel.from_pretrained."
+        )
+
+
 def check_source(source: str | Path, p: int | None = None) -> None:
     """Refuse what a folder's JSON files alone show to be wrong; a Hub id passes.
 
@@ -109,7 +118,7 @@ def _what_is_there(folder: Path) -> str:
 
 
 def _parse(path: Path) -> Family:
-    content = _read_json(path)
+    content = read_json_object(path, FamilyError)
     version = content.get("version")
     if version != FAMILY_VERSION:
         raise FamilyError(
@@ -120,13 +129,3 @@ def _parse(path: Path) -> Family:
         return Family(**content)
     except TypeError as error:
         raise FamilyError(f"{path} is damaged: {error}. Copy it again.") from None
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_bytes())
-    except (ValueError, OSError) as error:
-        raise FamilyError(f"{path} is damaged ({error}). Copy it again.") from None
-    if not isinstance(content, dict):
-        raise FamilyError(f"{path} is damaged: it must hold a JSON object. Copy it again.")
-    return content

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recycle.backbone.source import SINGLE, TOKENIZER_FILES, fetched, read_config
+from recycle.backbone.source import SINGLE, TOKENIZER_FILES, read_config
 from recycle.disk import expand
 from recycle.family import Family, find_backbone, find_folder, read_members
 from recycle.family.folder import Member
@@ -92,14 +92,11 @@ def export_checkpoint(
             weight_map[bias] = tensor.file.name
     new = _stream_tensors(member, config, folder)
     weight_map |= dict.fromkeys(new, SINGLE if SINGLE in weight_map.values() else STREAMS_FILE)
-    # The folder with its tokenizer, which is fetched if it lies on the Hub.
-    wanted = [*TOKENIZER_FILES, GENERATION]
-    companions = fetched(files.id, files.revision, wanted, {"local_files_only": files.local_only})
     with new_folder(out) as written:
         write_model(written, config, tensors | new, weight_map)
-        if not copy_files(companions, written, TOKENIZER_FILES):
+        if not copy_files(files.folder, written, TOKENIZER_FILES):
             copy_files(folder, written, TOKENIZER_FILES)
-        copy_files(companions, written, (GENERATION,))
+        copy_files(files.folder, written, (GENERATION,))
         _name_tokenizer_class(written)
     return out
 
