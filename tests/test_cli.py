@@ -558,4 +558,4 @@ def test_eval_on_a_backbone_that_moved(
     assert done.returncode == 0, done.stderr
     new, old = results.read(out), results.read(home / "runs/tiny/results.json")
     assert [model.losses for model in new.models] == [model.losses for model in old.models]
-    assert_refused(recycle("eval", "runs/tiny", "--backbone", "./no"), "no such folder: ")
+    assert_refused(recycle("eval", "runs/tiny", "--backbone", "./no"), "no such file or folder")

@@ -360,7 +360,7 @@ REFUSED = {
     "no size": (lambda f: change_config(f, hidden_size=None), "lacks hidden_size"),
     "P as text": (lambda f: change_config(f, parscale_n="2"), "whole numbers, got .*'parscale_n'"),
     "no config": (lambda f: (f / "config.json").unlink(), "has no config.json"),
-    "torn config": (lambda f: (f / "config.json").write_text("{"), "config.json is not valid"),
+    "torn config": (lambda f: (f / "config.json").write_text("{"), "config.json is damaged"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "weights must be safetensors"),
     "truncated": (
         truncate,
