@@ -8,10 +8,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .family import available_p, get_p, load, set_p, shrink_cache, use_p
+    from .family.adapters import load
+    from .family.switch import available_p, get_p, set_p, use_p
+    from .parscale import shrink_cache
 
 __all__ = ["__version__", "available_p", "get_p", "load", "set_p", "shrink_cache", "use_p"]
 __version__ = "0.1.0"
+_ELSEWHERE = {"load": "recycle.family.adapters", "shrink_cache": "recycle.parscale"}
 
 
 def __dir__() -> list[str]:
@@ -20,5 +23,5 @@ def __dir__() -> list[str]:
 
 def __getattr__(name: str) -> Any:
     if name in __all__:
-        return getattr(import_module("recycle.family"), name)
+        return getattr(import_module(_ELSEWHERE.get(name, "recycle.family.switch")), name)
     raise AttributeError(f"module 'recycle' has no attribute {name!r}")

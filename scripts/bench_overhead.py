@@ -36,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from recycle import results
 from recycle.backbone import load_backbone
-from recycle.family import use_p
+from recycle.family.switch import use_p
 from recycle.parscale import ParScaleConfig
 from recycle.parscale.prefix import StreamPrefix
 from recycle.recipe import Backbone

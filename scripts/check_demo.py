@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import recycle
 from recycle import data, results
 from recycle.evaluate import BACKBONE, OutputHead, document_losses
-from recycle.family import member_state
+from recycle.family.adapters import member_state
 from recycle.parscale import find_decoder, streams_of
 from recycle.parscale.starts import text_start
 from recycle.recipe import read_recipe, training_steps

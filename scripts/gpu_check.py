@@ -42,7 +42,8 @@ from transformers.utils import logging
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from recycle.family import load, set_p, use_p
+from recycle.family.adapters import load
+from recycle.family.switch import set_p, use_p
 from recycle.parscale import ParScaleConfig
 from recycle.upstream.importer import import_checkpoint
 

@@ -12,7 +12,7 @@ import recycle
 from recycle.backbone.fingerprint import fingerprint_model
 from recycle.decode import DecodeError, generate_text
 from recycle.errors import RecycleError
-from recycle.family import save_family
+from recycle.family.adapters import save_family
 from tests.adapters import stream_model
 from tests.tiny import save_tiny, tiny_model, tiny_tokenizer
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft import get_peft_model
 
-from recycle.family import set_p
+from recycle.family.switch import set_p
 from recycle.parscale import UnsupportedModelError
 from recycle.parscale.fallback import CACHE_ARGUMENT
 from tests.families.checks import (

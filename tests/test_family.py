@@ -12,16 +12,9 @@ from transformers import AutoModelForCausalLM
 import recycle
 from recycle.backbone import BackboneError
 from recycle.backbone.fingerprint import fingerprint_model
-from recycle.family import (
-    Family,
-    FamilyError,
-    available_p,
-    get_p,
-    load,
-    member_state,
-    save_family,
-    set_p,
-)
+from recycle.family import Family, FamilyError
+from recycle.family.adapters import load, member_state, save_family
+from recycle.family.switch import available_p, get_p, set_p
 from recycle.parscale import ParScaleError, UnsupportedModelError
 from tests.adapters import logits, scramble, stream_config, stream_model, token_ids
 from tests.tiny import save_tiny, tiny_model

@@ -11,7 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CompileConfig, DynamicCache, EncoderDecoderCache, StaticCache
 
-from recycle.family import set_p, use_p
+from recycle.family.switch import set_p, use_p
 from recycle.parscale import ActiveStreams, CacheError, choose_streams, shrink_cache
 from tests.adapters import logits, stream_model, token_ids
 from tests.families.checks import same_tokens

@@ -15,7 +15,7 @@ from peft import (
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from recycle.family import available_p, get_p, set_p
+from recycle.family.switch import available_p, get_p, set_p
 from recycle.parscale import ParScaleConfig, ParScaleError, UnsupportedModelError
 from recycle.parscale import adapter_parameters as adapters_of
 from recycle.parscale.decoder import find_decoder

@@ -10,7 +10,8 @@ import pytest
 import torch
 from transformers import DynamicCache, StaticCache
 
-from recycle.family import FamilyError, get_p, set_p, use_p
+from recycle.family import FamilyError
+from recycle.family.switch import get_p, set_p, use_p
 from recycle.parscale import ActiveStreams, CacheError, choose_streams, shrink_cache
 from recycle.parscale.active import this_thread
 from recycle.parscale.prefix import StreamPrefix

@@ -12,7 +12,8 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import StaticCache
 
-from recycle.family import FamilyError, available_p, get_p, set_p
+from recycle.family import FamilyError
+from recycle.family.switch import available_p, get_p, set_p
 from recycle.parscale import CacheError, streams_of
 from recycle.parscale.layer import StreamLayer, adapter_parameters, cut_state, nest_states
 from tests.adapters import logits, scramble, stream_config, stream_model, token_ids

@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM
 import recycle
 from recycle.backbone import BackboneError
 from recycle.errors import RecycleError
-from recycle.family import available_p, load
+from recycle.family.adapters import load
+from recycle.family.switch import available_p
 from recycle.upstream import CheckpointError, import_checkpoint
 from tests.adapters import logits, token_ids
 from tests.tiny import save_tiny

@@ -9,7 +9,9 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase, TextStreamer
 from recycle.backbone import BackboneError, load_tokenizer
 from recycle.backbone.source import TOKENIZER_FILES
 from recycle.errors import RecycleError
-from recycle.family import Family, find_backbone, find_folder, load, read_members
+from recycle.family import Family
+from recycle.family.adapters import find_backbone, load
+from recycle.family.folder import find_folder, read_members
 
 
 class DecodeError(RecycleError):

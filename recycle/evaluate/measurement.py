@@ -9,7 +9,7 @@ from torch import nn
 
 from recycle.data import Document
 from recycle.errors import RecycleError
-from recycle.family import member_state
+from recycle.family.adapters import member_state
 from recycle.progress import Silent
 from recycle.recipe import Evaluation
 from recycle.results import Measurement, Speed

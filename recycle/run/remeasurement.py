@@ -8,7 +8,9 @@ from rich.console import Console
 
 from recycle import results
 from recycle.evaluate import measure
-from recycle.family import Family, attach, check_backbone, read_members
+from recycle.family import Family
+from recycle.family.adapters import attach, check_backbone
+from recycle.family.folder import read_members
 from recycle.progress import display
 from recycle.recipe import identity
 from recycle.results import FirstMeasurement, Results, precision

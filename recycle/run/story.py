@@ -12,7 +12,7 @@ from recycle import report, results
 from recycle.cost import Work, estimate_run
 from recycle.disk import write_atomically
 from recycle.evaluate import OutputHead, measure
-from recycle.family import save_family
+from recycle.family.adapters import save_family
 from recycle.parscale import ActiveStreams
 from recycle.progress import Silent, display, duration
 from recycle.recipe import dump, identity

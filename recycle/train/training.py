@@ -14,7 +14,7 @@ from torch import Tensor
 from recycle.data import Document
 from recycle.disk import write_atomically
 from recycle.evaluate import OutputHead
-from recycle.family import adapter_state
+from recycle.family.adapters import adapter_state
 from recycle.parscale import ParScaleConfig
 from recycle.progress import Silent
 from recycle.recipe import Method

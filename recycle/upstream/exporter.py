@@ -9,8 +9,9 @@ from torch import Tensor
 
 from recycle.backbone.source import SINGLE, TOKENIZER_FILES, read_config
 from recycle.disk import expand
-from recycle.family import Family, find_backbone, find_folder, read_members
-from recycle.family.folder import Member
+from recycle.family import Family
+from recycle.family.adapters import find_backbone
+from recycle.family.folder import Member, find_folder, read_members
 from recycle.family.record import listed
 
 from .checkpoint import GENERATION, check_new, copy_files, new_folder, write_model

@@ -14,7 +14,7 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
-from recycle.family import set_p
+from recycle.family.switch import set_p
 from recycle.parscale import ParScaleConfig
 from recycle.parscale.decoder import find_decoder
 from tests.families.configs import PAD_ID, VOCAB_SIZE
