@@ -86,7 +86,7 @@ def main() -> None:
     options = arguments()
     try:
         section = Backbone(id=options.model, dtype=options.dtype)
-        backbone, _, source = load_backbone(section, options.device)
+        backbone, *_ = load_backbone(section, options.device)
     except ValueError as error:
         sys.exit(str(error))
     torch.manual_seed(0)
@@ -119,7 +119,7 @@ def main() -> None:
         record = {
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "command": shlex.join(["python", *sys.argv]),
-            "backbone": source.id,
+            "backbone": options.model,
             "hardware": hardware(options.device),
             "packages": results.packages(),
             "rows": [
