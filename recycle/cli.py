@@ -9,13 +9,13 @@ import os
 import shlex
 import sys
 import warnings
-from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
 
 from . import __version__
+from .disk import expand, read_json_object
 from .errors import RecycleError
 
 app = typer.Typer(
@@ -165,6 +165,7 @@ def generate(
     from .family.record import check_source
 
     check_source(source, p)
+    _check_model(backbone)
     text = _standard_input() if prompt == "-" else prompt
     _quiet_libraries()
     from .decode import generate_text
@@ -192,8 +193,13 @@ def import_(
     for new in (out, backbone_out):
         if new is not None:
             _check_new(new)
-    if checkpoint.startswith((".", "/", "~")) and not Path(checkpoint).expanduser().is_dir():
-        raise RecycleError(f"{checkpoint!r} is no folder here. Name a folder or a Hub id.")
+    _check_model(checkpoint)
+    _check_model(backbone)
+    config = expand(checkpoint) / "config.json"
+    if config.is_file() and "parscale_n" not in read_json_object(config, RecycleError):
+        raise RecycleError(
+            f"{checkpoint} is no checkpoint in upstream's format: its config.json lacks parscale_n."
+        )
     _quiet_libraries()
     from .upstream import import_checkpoint
 
@@ -216,10 +222,13 @@ def export(
     backbone: Moved = None,
 ) -> None:
     """Write a checkpoint that the code of QwenLM/ParScale loads: the inverse of import."""
-    from .family.record import check_source
+    from .family.record import Family, check_source
 
     _check_new(out)
     check_source(source, p)
+    if expand(source).is_dir():
+        Family.read(expand(source)).exported_p(p, source)
+    _check_model(backbone)
     _quiet_libraries()
     from .upstream import export_checkpoint
 
@@ -259,6 +268,14 @@ def _command() -> str:
 def _check_new(folder: str) -> None:
     if os.path.lexists(os.path.expanduser(folder)):
         raise RecycleError(f"{folder} exists already and is not overwritten. Name a new folder.")
+
+
+def _check_model(source: str | None) -> None:
+    """Refuse what the disk alone shows to be no model; a Hub id passes."""
+    from .recipe.problems import path_problem
+
+    if source is not None and (problem := path_problem("model", source)):
+        raise RecycleError(f"{source}: {problem}. Name a model folder or a Hub id.")
 
 
 def _standard_input() -> str:

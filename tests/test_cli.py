@@ -241,7 +241,7 @@ def test_bad_exports(recycle: Recycle, tmp_path: Path) -> None:
     assert_refused(recycle("export", "runs/tiny/control", *out), "is a control")
     assert_refused(recycle("export", "texts", *out), "holds neither")
     assert_refused(recycle("export", "runs/tiny", "--out", "texts"), "texts exists already")
-    assert_refused(recycle("export", "runs/tiny", *out, "--backbone", "./no"), "no such folder")
+    assert_refused(recycle("export", "runs/tiny", *out, "--backbone", "./no"), "no such file or fo")
     assert_refused(recycle("export", "runs/tiny", "--out", "tiny.yaml/x"), "could not be written")
     assert list(tmp_path.iterdir()) == []
 
@@ -353,7 +353,9 @@ def test_eval_refuses(recycle: Recycle, tmp_path: Path) -> None:
 
 
 def test_import_refuses(recycle: Recycle, home: Path, tiny_folder: Path, tmp_path: Path) -> None:
-    assert_refused(recycle("import", "./nothing", "--out", "new"), "'./nothing' is no folder here")
+    assert_refused(
+        recycle("import", "./nothing", "--out", "new"), "there is no such file or folder"
+    )
     assert_refused(recycle("import", "nothing", "--out", "new"), "the files of model 'nothing'")
     assert_refused(recycle("import", tiny_folder, "--out", "new"), "no checkpoint in upstream's")
     assert_refused(recycle("import", GOLDEN, "--out", "texts"), "texts exists already")
@@ -496,7 +498,14 @@ def test_help_costs_little_more_than_typer_and_rich() -> None:
         ("generate", "runs/tiny", "--prompt", "a", "--p", "3"),
         ("export", "runs/tiny", "--out", "texts"),
         ("export", "runs/tiny", "--out", "new", "--p", "7"),
+        ("export", "runs/tiny", "--out", "new", "--p", "1"),
+        ("export", "runs/tiny/control", "--out", "new"),
         ("import", "./nosuchfolder", "--out", "new"),
+        ("import", "texts", "--out", "new"),
+        ("import", "./plain", "--out", "new"),
+        ("import", "./plain", "--out", "new", "--backbone", "./nosuchfolder"),
+        ("generate", "runs/tiny", "--prompt", "a", "--backbone", "./nosuchfolder"),
+        ("export", "runs/tiny", "--out", "new", "--backbone", "texts"),
         ("run", "tiny.yaml", "streams=2"),
         ("run", "tiny.yaml", "data.path=./nothing", "output.dir=runs/other"),
         ("run", "tiny.yaml", "data.source=jsonl", "output.dir=runs/other"),
@@ -510,6 +519,8 @@ def test_help_costs_little_more_than_typer_and_rich() -> None:
 )
 def test_what_needs_no_library_is_told_without_one(home: Path, arguments: tuple[str, ...]) -> None:
     """A finished run's table and `show` as well: torch alone takes seconds to import."""
+    (home / "plain").mkdir(exist_ok=True)
+    (home / "plain" / "config.json").write_text('{"model_type": "qwen2"}')
     code = (
         "import sys\n"
         "sys.modules |= dict.fromkeys(['torch', 'transformers', 'peft', 'datasets'])\n"

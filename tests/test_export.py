@@ -277,12 +277,12 @@ def test_no_such_p(tiny_folder, tmp_path):
     model.add_adapter("control", stream_config((1,)))
     save_family(model, tmp_path / "run", fingerprint_model(tiny_folder))
     out = tmp_path / "out"
-    with pytest.raises(CheckpointError, match=r"P = 1 is the untouched backbone.* with P = .*4"):
+    with pytest.raises(FamilyError, match=r"P = 1 is the untouched backbone.* with P = .*4"):
         export_checkpoint(tmp_path / "run", out, p=1)
-    with pytest.raises(CheckpointError, match=r"exports with P = .*4, got 8"):
+    with pytest.raises(FamilyError, match=r"exports with P = .*4, got 8"):
         export_checkpoint(tmp_path / "run", out, p=8)
     for p in (None, 1):
-        with pytest.raises(CheckpointError, match=r"is a control, one stream with a prefix"):
+        with pytest.raises(FamilyError, match=r"is a control, one stream with a prefix"):
             export_checkpoint(tmp_path / "run" / "control", out, p=p)
     with pytest.raises(FamilyError, match=r"neither family.json"):
         export_checkpoint(tiny_folder, out)

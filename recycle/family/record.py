@@ -78,6 +78,26 @@ class Family:
         if p is not None and (type(p) is not int or p not in self.offered):
             raise FamilyError(f"{source} offers P = {listed(self.offered)}, got p={p!r}.")
 
+    def exported_p(self, p: int | None, source: str) -> int:
+        """Which P a checkpoint of upstream's is made of: `p`, or else the largest.
+
+        Raises:
+            FamilyError: Upstream's format does not know it, or the family does not offer it.
+        """
+        if not self.p_values:
+            raise FamilyError(
+                f"{source} is a control, one stream with a prefix, and upstream's format knows no "
+                "prefix where parscale_n = 1. Export an adapter of two or more streams."
+            )
+        if p == 1:
+            raise FamilyError(
+                "P = 1 is the untouched backbone, and there is nothing to add to it; "
+                f"{source} exports with P = {listed(self.p_values)}."
+            )
+        if p is not None and p not in self.p_values:
+            raise FamilyError(f"{source} exports with P = {listed(self.p_values)}, got {p}.")
+        return max(self.p_values) if p is None else p
+
 
 def listed(offered: Sequence[int]) -> str:
     """Values of P in words."""

@@ -12,7 +12,6 @@ from recycle.disk import expand
 from recycle.family import Family
 from recycle.family.adapters import find_backbone
 from recycle.family.folder import Member, find_folder, read_members
-from recycle.family.record import listed
 
 from .checkpoint import GENERATION, check_new, copy_files, new_folder, write_model
 from .layout import (
@@ -42,8 +41,7 @@ def export_checkpoint(
     """Write a checkpoint that upstream's code loads; `import_checkpoint` gives the adapter back.
 
     Tensors of the streams are float32, whatever the backbone's precision. The backbone's are copied
-    from its own files, which keep their names; a Llama becomes a Qwen2 whose biases are
-    zero.
+    from its own files, which keep their names; a Llama becomes a Qwen2 whose biases are zero.
 
     Args:
         source: A run folder, the folder of one adapter, or the Hub id of either.
@@ -58,11 +56,11 @@ def export_checkpoint(
         The checkpoint's folder.
 
     Raises:
-        FamilyError: `source` is no family, or a file of it is damaged.
-            Or the backbone is missing, or another one than the family was trained on.
+        FamilyError: `source` is no family, a file of it is damaged, or there is no such P. Or the
+            backbone is missing, or another one than the family was trained on.
         BackboneError: A file of the backbone is damaged.
-        CheckpointError: There is no such P; the backbone is no model that upstream's code computes;
-            or `out` exists or cannot be written.
+        CheckpointError: The backbone is no model that upstream's code computes; or `out` exists or
+            cannot be written.
 
     Source: upstream's modeling_qwen2_parscale.py.
     """
@@ -70,7 +68,7 @@ def export_checkpoint(
     check_new(out)
     folder = find_folder(source, revision)
     family = Family.read(folder)
-    p = _chosen_p(family, p, str(source))
+    p = family.exported_p(p, str(source))
     member = next(m for m in read_members(folder, family) if p in (m.config.p_values or []))
     files = find_backbone(folder, member.config, str(source), backbone)
     raw = read_config(files)
@@ -100,22 +98,6 @@ def export_checkpoint(
         copy_files(files.folder, written, (GENERATION,))
         _name_tokenizer_class(written)
     return out
-
-
-def _chosen_p(family: Family, p: int | None, source: str) -> int:
-    if not family.p_values:
-        raise CheckpointError(
-            f"{source} is a control, one stream with a prefix, and upstream's format knows no "
-            "prefix where parscale_n = 1. Export an adapter of two or more streams."
-        )
-    if p == 1:
-        raise CheckpointError(
-            "P = 1 is the untouched backbone, and there is nothing to add to it; "
-            f"{source} exports with P = {listed(family.p_values)}."
-        )
-    if p is not None and p not in family.p_values:
-        raise CheckpointError(f"{source} exports with P = {listed(family.p_values)}, got {p}.")
-    return max(family.p_values) if p is None else p
 
 
 def _stream_tensors(member: Member, config: dict[str, Any], folder: Path) -> dict[str, Tensor]:
