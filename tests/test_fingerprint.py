@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub.errors import HTTPError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from recycle.backbone import BackboneError
+from recycle.backbone import BackboneError, source
 from recycle.backbone.fingerprint import SLICE_BYTES, Fingerprint, differences, fingerprint_model
-from recycle.backbone.source import INDEX, SINGLE
+from recycle.backbone.source import INDEX, SINGLE, fetched
 from tests.tiny import save_tiny, tiny_model
 
 
@@ -188,3 +189,15 @@ def test_offline_and_not_in_the_cache() -> None:
         BackboneError, match=r"cannot reach the Hub.* does not hold the files of model 'tiny/x'"
     ):
         fingerprint_model("tiny/x")
+
+
+@pytest.mark.parametrize("error", [HTTPError("timed out"), OSError("no route")])
+def test_a_hub_that_does_not_answer_is_one_message(
+    monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(source, "snapshot_download", fail)
+    with pytest.raises(BackboneError, match=rf"cannot be fetched .* \({error}\): try again"):
+        fetched("tiny/x", None, ["*.json"])

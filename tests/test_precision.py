@@ -365,6 +365,7 @@ def test_adapters_of_nf4_load_on_it_and_on_bfloat16(on_nf4: Path) -> None:
     ids, found = token_ids(2, 24), {}
     for name, options in (
         ("recorded", {}),
+        ("auto", {"dtype": "auto"}),  # no choice of the caller's either
         ("nf4", {"quantization_config": nf4, "dtype": torch.bfloat16}),
         ("bfloat16", {"quantization_config": None, "dtype": torch.bfloat16}),
     ):
@@ -373,6 +374,7 @@ def test_adapters_of_nf4_load_on_it_and_on_bfloat16(on_nf4: Path) -> None:
         found[name] = logits(model, ids).float()
         assert {p.dtype for n, p in model.named_parameters() if "parscale_" in n} == {torch.float32}
     assert torch.equal(found.pop("recorded"), found["nf4"])
+    assert torch.equal(found.pop("auto"), found["nf4"])
     assert not torch.equal(found["nf4"], found["bfloat16"])
     both = torch.stack([each.flatten() for each in found.values()])
     assert torch.corrcoef(both)[0, 1] > 0.9
