@@ -190,9 +190,8 @@ def import_(
 
     A checkpoint of one stream has no adapter in it: it becomes a plain Qwen2 model.
     """
-    for new in (out, backbone_out):
-        if new is not None:
-            _check_new(new)
+    _check_new(out)
+    _check_new(backbone_out)
     _check_model(checkpoint)
     _check_model(backbone)
     config = expand(checkpoint) / "config.json"
@@ -222,12 +221,11 @@ def export(
     backbone: Moved = None,
 ) -> None:
     """Write a checkpoint that the code of QwenLM/ParScale loads: the inverse of import."""
-    from .family.record import Family, check_source
+    from .family.record import check_source
 
     _check_new(out)
-    check_source(source, p)
-    if expand(source).is_dir():
-        Family.read(expand(source)).exported_p(p, source)
+    if family := check_source(source, p):
+        family.exported_p(p, source)
     _check_model(backbone)
     _quiet_libraries()
     from .upstream import export_checkpoint
@@ -265,8 +263,8 @@ def _command() -> str:
     return shlex.join(["recycle", *sys.argv[1:]])
 
 
-def _check_new(folder: str) -> None:
-    if os.path.lexists(os.path.expanduser(folder)):
+def _check_new(folder: str | None) -> None:
+    if folder is not None and os.path.lexists(os.path.expanduser(folder)):
         raise RecycleError(f"{folder} exists already and is not overwritten. Name a new folder.")
 
 

@@ -518,7 +518,7 @@ def test_torn_gzip_and_a_folder_for_jsonl(tmp_path: Path, tokenizer: Any) -> Non
     torn.write_bytes(gzip.compress(json.dumps(repository_rows()[0]).encode())[:-12])
     with pytest.raises(DataError, match=r"damaged\.jsonl\.gz, line 1"):
         read(config(source="jsonl", path=str(torn)), tokenizer)
-    with pytest.raises(DataError, match=r"is a folder; its files are `data\.path='.*/\*\.jsonl'`"):
+    with pytest.raises(DataError, match="holds no file"):
         read(config(source="jsonl", path=str(tmp_path)), tokenizer)
 
 

@@ -9,7 +9,6 @@ SURPLUS = 1.25  # documents gathered for each one wanted, since some leave
 DOCUMENTS_PER_GROUP = 4  # documents of one group, at most
 OVERLAP = 0.3  # share of a document's lines that others may hold
 # Why documents are left out, in words.
-CROWDED = f"beyond the first {DOCUMENTS_PER_GROUP} of their group"
 COPY = "near copies of others"
 TRAINED_ON = f"with over {OVERLAP:.0%} of their lines in training"
 
@@ -53,11 +52,13 @@ class EvaluationSplit:
 
     def add(self, text: Text, ids: list[int]) -> None:
         self.documents += 1
+        if self.full:
+            return
         lines = text.lines()
         if len(ids) < self.block_size:
             self.left_out["shorter"] += 1
-        elif self.full or self.by_group[text.group] >= DOCUMENTS_PER_GROUP:
-            self.left_out[CROWDED] += 1
+        elif self.by_group[text.group] >= DOCUMENTS_PER_GROUP:
+            self.left_out[f"beyond the first {DOCUMENTS_PER_GROUP} of their group"] += 1
         elif any(n > OVERLAP * len(lines) for n, _ in self.holders.shared(lines)):
             self.left_out[COPY] += 1
         else:

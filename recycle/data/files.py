@@ -126,8 +126,6 @@ def matching(data: Data, skipped: Counter[str]) -> tuple[Path, list[Path]]:
     if not files:
         takes = {"files": "a folder, a file or a glob", "jsonl": "a file or a glob"}[data.source]
         found = "holds no file" if path.is_dir() else "matches no file"
-        if path.is_dir() and data.source == "jsonl":
-            found = f"is a folder; its files are `data.path='{path}/*.jsonl'`"
         raise DataError(
             f"data.source={data.source} reads {takes}; data.path={data.path} {found} (looked from "
             f"{Path.cwd()}{besides(skipped)}). Set `data.path` to text that is there."

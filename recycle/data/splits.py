@@ -71,7 +71,9 @@ class Splits:
 class _Shortage(DataError):
     """The source holds too little for what was asked of it."""
 
-    def __init__(self, missing: dict[str, str], train: TrainingSplit, read: int, besides: str):
+    def __init__(
+        self, missing: dict[str, str], train: TrainingSplit, read: int, besides: str
+    ) -> None:
         super().__init__(f"There is too little data{besides}: {'; '.join(missing.values())}.")
         self.missing = missing.keys()  # "test", "validation", "tokens" or "starts"
         self.train_tokens = len(train.packed)  # that are there

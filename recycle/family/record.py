@@ -113,17 +113,20 @@ def refuse_other_methods(path: Path, peft_type: str | None) -> None:
         )
 
 
-def check_source(source: str | Path, p: int | None = None) -> None:
-    """Refuse what a folder's JSON files alone show to be wrong; a Hub id passes.
+def check_source(source: str | Path, p: int | None = None) -> Family | None:
+    """Refuse what a folder's JSON files alone show to be wrong; None of a Hub id, which passes.
 
     Raises:
         FamilyError: The folder is no family, or does not offer `p`.
     """
     folder = expand(source)
     if folder.is_dir():
-        Family.read(folder).check(p, str(source))
-    elif str(source).startswith((".", "/", "~")) or str(source).count("/") > 1:
+        family = Family.read(folder)
+        family.check(p, str(source))
+        return family
+    if str(source).startswith((".", "/", "~")) or str(source).count("/") > 1:
         raise FamilyError(f"{str(source)!r} is no folder here. Name a run folder or a Hub id.")
+    return None
 
 
 def _what_is_there(folder: Path) -> str:
