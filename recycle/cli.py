@@ -176,7 +176,9 @@ def generate(
 @app.command(name="import")
 def import_(
     checkpoint: Annotated[str, typer.Argument(help="Upstream checkpoint: a folder or a Hub id.")],
-    out: Annotated[str, typer.Option(help="Folder for the adapter; must not exist.")],
+    out: Annotated[
+        str, typer.Argument(metavar="OUT", help="Folder for the adapter; must not exist.")
+    ],
     backbone: Annotated[
         str | None,
         typer.Option(help="The model that the checkpoint was made from: checked and recorded."),
@@ -216,20 +218,28 @@ def import_(
 @app.command()
 def export(
     source: Run,
-    out: Annotated[str, typer.Option(help="Folder for the checkpoint; must not exist.")],
+    out: Annotated[
+        str, typer.Argument(metavar="OUT", help="Folder for the checkpoint; must not exist.")
+    ],
     p: NumStreams = None,
     backbone: Moved = None,
 ) -> None:
-    """Write a checkpoint that the code of QwenLM/ParScale loads: the inverse of import."""
+    """Write a checkpoint that the code of QwenLM/ParScale loads: the inverse of import.
+
+    With --p 1 it is the adapted model, as a plain model of transformers.
+    """
     from .family.record import check_source
 
     _check_new(out)
     if family := check_source(source, p):
-        family.exported_p(p, source)
+        family.exported_p(p, source, expand(source))
     _check_model(backbone)
     _quiet_libraries()
-    from .upstream import export_checkpoint
+    from .upstream import export_adapted, export_checkpoint
 
+    if p == 1:
+        console.print(f"Model: {export_adapted(source, out, backbone=backbone)}")
+        return
     folder = export_checkpoint(source, out, p=p, backbone=backbone)
     console.print(
         f"Checkpoint: {folder}. To load it with upstream's code, put its two files "

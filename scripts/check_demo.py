@@ -19,11 +19,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import recycle
 from recycle import data, results
-from recycle.evaluate import BACKBONE, OutputHead, document_losses
+from recycle.evaluate import OutputHead, Pass, document_losses
 from recycle.family.adapters import member_state
 from recycle.parscale import find_decoder, streams_of
 from recycle.parscale.starts import text_start
-from recycle.recipe import read_recipe, training_steps
+from recycle.recipe import read_recipe, stages
 
 FILES = ("report.md", "README.md", "family.json", "p2", "p4", "control", "tokenizer.json")
 TEXT = "def fibonacci(n):\n    if n < 2:\n        return n\n"
@@ -32,15 +32,15 @@ TEXT = "def fibonacci(n):\n    if n < 2:\n        return n\n"
 def backbone_loss(model: PeftModelForCausalLM, folder: Path) -> float:
     """The backbone's loss on the run's validation documents, which its record does not hold."""
     recipe = read_recipe(folder / "recipe.yaml")
+    blocks = stages(recipe)[-1].blocks
     splits = data.prepare(
-        recipe.data,
+        [data.StageData(recipe.data, blocks)],
         AutoTokenizer.from_pretrained(folder),
-        train_blocks=training_steps(recipe) * recipe.training.batch_size,
         num_virtual_tokens=recipe.method.num_virtual_tokens,
         num_starts=max(recipe.streams),
     )
     with OutputHead(model) as head:
-        losses = document_losses(head, [BACKBONE], splits.validation, 4)
+        losses = document_losses(head, [Pass(None, ["backbone"])], splits.validation[0], 4)
     return statistics.fmean(losses["backbone"])
 
 
@@ -78,11 +78,11 @@ def check_movement(model: PeftModelForCausalLM, record: results.Results) -> None
     AdamW moves a weight by about the learning rate in a step, and the distance from the text's keys
     to a random start is far more than all the steps of a demo.
     """
-    training = record.recipe["training"]
+    streams = record.recipe["stages"]["streams"]
     steps = {trained.name: trained.steps for trained in record.training}
     for adapter, p, rate in (
-        ("nested", 4, training["prefix_learning_rate"]),
-        ("control", 1, training["control_learning_rate"]),
+        ("nested", 4, streams["prefix_learning_rate"]),
+        ("control", 1, streams["control_learning_rate"]),
     ):
         config = model.peft_config[adapter]
         with model.disable_adapter():

@@ -19,10 +19,11 @@ sys.path.insert(0, str(ROOT))
 
 from recycle import results  # noqa: E402
 from recycle.report import list_warnings, state_findings  # noqa: E402
+from recycle.report.document import state_kept_steps  # noqa: E402
 from recycle.report.markdown import bullets, format_table, join_blocks  # noqa: E402
 
 MEASURED = ROOT / "scripts" / "measured"
-OPENING, CLOSING = "<!-- demo: made by scripts/update_readme.py -->", "<!-- /demo -->"
+OPENING, CLOSING = "<!-- {}: made by scripts/update_readme.py -->", "<!-- /{} -->"
 INTRODUCTION = """\
 Made by `python scripts/update_readme.py` from the records in this folder. Losses are in nats per
 token on documents that training did not see; lower is better; ± is one standard error.
@@ -39,10 +40,11 @@ def describe(record: results.Results) -> str:
     """How a record was made: command, size, date and hardware."""
     hardware, documents = record.hardware, record.documents
     machine = hardware.gpu or f"{hardware.cores} cores ({hardware.cpu})"
-    tokens = record.training[0].tokens
+    tokens, lengths = record.training[0].tokens, sorted({x.tokens for x in documents})
+    length = " to ".join(map(str, dict.fromkeys((lengths[0], lengths[-1]))))
     return (
         f"`{record.command}`: {f'{tokens:,} training tokens' if tokens else 'no training'}, "
-        f"{len(documents)} test documents of {documents[0].tokens} tokens. "
+        f"{len(documents)} test documents of {length} tokens. "
         f"{record.date:%Y-%m-%d}, {machine}, {results.precision(record.backbone)}."
     )
 
@@ -55,6 +57,43 @@ def demo_table() -> str:
         results.shared_training(record),
         f"A demonstration, kept small to be quick. {describe(record)}",
     ).rstrip()
+
+
+def two_stage_table() -> str:
+    """The table of a run through both stages, and how small it is."""
+    record = read("two-stage-cpu")
+    return join_blocks(
+        format_table(results.tabulate(record)),
+        f"Also a demonstration. {state_kept_steps(record)} {describe(record)}",
+    ).rstrip()
+
+
+def two_stages() -> str:
+    """Both stages, beside a LoRA on the same tokens."""
+    record = read("two-stage-cpu")
+    return join_blocks(
+        "A LoRA on 80 % of the tokens, streams on top of it with the rest, and beside them a LoRA "
+        "on all of them. Far too small to tell what two stages bring with a real budget. In nats "
+        "per token:",
+        bullets(state_findings(record)),
+        two_stage_table(),
+        "Before you believe it:",
+        bullets(list_warnings(record)),
+    )
+
+
+def chat() -> str:
+    """Both stages on conversations with checkable answers."""
+    record = read("two-stage-chat-cpu")
+    return join_blocks(
+        "The same on small tasks (arithmetic, strings, lists) as conversations; what is learned "
+        "and measured is the assistant's turn, and its answer is right or wrong:",
+        bullets(state_findings(record)),
+        format_table(results.tabulate(record)),
+        f"A demonstration. {state_kept_steps(record)} {describe(record)}",
+        "Before you believe it:",
+        bullets(list_warnings(record)),
+    )
 
 
 def demo() -> str:
@@ -110,6 +149,39 @@ def rates() -> str:
     )
 
 
+def rates_of_stages() -> str:
+    """Learning rates of both stages."""
+    record = json.loads((MEASURED / "learning-rates-two-stage-cpu.json").read_text())
+    losses: Mapping[str, Mapping[str, float]] = record["losses"]  # by rate, by model
+    names = list(dict.fromkeys(name for row in losses.values() for name in row))
+    best = {
+        name: min((x for x in losses if name in losses[x]), key=lambda rate: losses[rate][name])
+        for name in names
+    }
+    rows = [
+        (
+            f"{float(rate):g}" if float(rate) else "untrained",
+            *(f"{row[n]:.4f}" if n in row else "" for n in names),
+        )
+        for rate, row in losses.items()
+    ]
+    told = ", ".join(f"{float(rate):g} ({name})" for name, rate in best.items())
+    return join_blocks(
+        f"The validation loss is lowest at {told}. Every row had the same search: a LoRA's rates "
+        "for P = 1 and LoRA, a prefix's for the others, which were searched on the best P = 1. The "
+        "default of a LoRA is 1e-3 at any size of a step; that of a prefix grows with the fourth "
+        "root of the tokens in a step, from 1e-2 at 256: 3e-2 was best at 64 times as many.",
+        format_table([("learning rate", *names), *rows]),
+        f"`{record['command']}`: "
+        + ", ".join(
+            f"{x['name']} on {x['tokens']:,} tokens"
+            for x in {x["name"]: x for x in record["trainings"]}.values()
+        )
+        + f"; {len(record['validation_documents'])} validation documents. {record['date'][:10]}, "
+        f"{record['hardware']['cores']} cores ({record['hardware']['cpu']}), {record['dtype']}.",
+    )
+
+
 def four_bits() -> str:
     """The demo on a 4-bit backbone."""
     run, off, on = map(read, ("demo-4bit-cpu", "demo-4bit-on-bfloat16-cpu", "demo-on-4bit-cpu"))
@@ -125,7 +197,9 @@ def four_bits() -> str:
         return name, *(
             ""
             if same_backbone and model == results.BACKBONE
-            else results.format_difference(results.paired_difference(a[model], b[model]))
+            else results.format_difference(
+                results.paired_difference(a[model], b[model], run.tokens)
+            )
             for model in nf4
         )
 
@@ -177,11 +251,17 @@ def overhead() -> str:
 
 SECTIONS = {
     "Demo": demo,
+    "Two stages": two_stages,
+    "Two stages on conversations": chat,
     "Text start and random start": starts,
     "Learning rates of the demo": rates,
+    "Learning rates of both stages": rates_of_stages,
     "The demo on a 4-bit backbone": four_bits,
     "Overhead": overhead,
 }
+
+
+TABLES = {"demo": demo_table, "two-stage": two_stage_table}  # in README.md
 
 
 def measured_readme() -> str:
@@ -191,12 +271,15 @@ def measured_readme() -> str:
 
 
 def update(readme: str) -> str:
-    """README.md with the demo's table made anew."""
-    before, opening, rest = readme.partition(OPENING)
-    _, closing, after = rest.partition(CLOSING)
-    if not opening or not closing:
-        sys.exit(f"README.md lacks the lines between which the table goes:\n{OPENING}\n{CLOSING}")
-    return f"{before}{OPENING}\n{demo_table()}\n{CLOSING}{after}"
+    """README.md with its tables made anew."""
+    for name, table in TABLES.items():
+        first, last = OPENING.format(name), CLOSING.format(name)
+        before, opening, rest = readme.partition(first)
+        _, closing, after = rest.partition(last)
+        if not opening or not closing:
+            sys.exit(f"README.md lacks the lines between which a table goes:\n{first}\n{last}")
+        readme = f"{before}{first}\n{table()}\n{last}{after}"
+    return readme
 
 
 def main() -> None:

@@ -13,6 +13,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from recycle.recipe.fields import nest
+
 ROOT = Path(__file__).parents[1]
 WORDS = ("merge", "left", "result", "sorted", "reader", "quick", "fox", "lazy", "streams", "names")
 
@@ -20,6 +22,7 @@ STEP_TOKENS = 4 * 32  # blocks of an optimiser step times tokens of a block
 SETTINGS: dict[str, Any] = {
     "name": "tiny",
     "backbone.dtype": "float32",
+    "stages.adapt.train": "none",
     "streams": [2, 4],
     "method.num_virtual_tokens": 4,
     "data.source": "files",
@@ -29,9 +32,9 @@ SETTINGS: dict[str, Any] = {
     "training.tokens": 8 * STEP_TOKENS,
     "training.batch_size": 4,
     "training.micro_batch_size": 2,
-    "training.prefix_learning_rate": 1e-2,
-    "training.aggregator_learning_rate": 1e-3,
-    "training.control_learning_rate": 1e-2,
+    "stages.streams.prefix_learning_rate": 1e-2,
+    "stages.streams.aggregator_learning_rate": 1e-3,
+    "stages.streams.control_learning_rate": 1e-2,
     "training.checkpoint_steps": 2,
     "training.validation_steps": 4,
     "evaluation.speed": False,
@@ -68,15 +71,8 @@ def write_recipe(folder: Path, model: Path, **changes: Any) -> Path:
     if not data.exists():
         write_texts(data)
     values = settings(model, data, **changes)
-    tree: dict[str, Any] = {}
-    for key, value in values.items():
-        *parents, last = key.split(".")
-        section = tree
-        for parent in parents:
-            section = section.setdefault(parent, {})
-        section[last] = value
     path = folder / "tiny.yaml"
-    path.write_text(json.dumps(tree))  # JSON is YAML
+    path.write_text(json.dumps(nest(values)))  # JSON is YAML
     return path
 
 

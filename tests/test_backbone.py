@@ -248,7 +248,7 @@ def test_an_unknown_model_type(folder: Path) -> None:
 
 def test_an_upstream_checkpoint_is_sent_to_import(folder: Path) -> None:
     edit_config(folder, model_type="qwen2_parscale", parscale_n=2)
-    assert f"recycle import {folder} --out DIR" in refusal(Config(str(folder)))
+    assert f"recycle import {folder} DIR" in refusal(Config(str(folder)))
 
 
 # Files inside packages

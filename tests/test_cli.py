@@ -178,7 +178,7 @@ def test_import_and_generate(recycle: Recycle, tmp_path: Path) -> None:
     from tests.tiny import tiny_tokenizer
 
     folder = tmp_path / "golden"
-    assert recycle("import", GOLDEN, "--out", folder).returncode == 0
+    assert recycle("import", GOLDEN, folder).returncode == 0
     arguments = ("generate", folder, "--prompt", "0123", "--max-new-tokens", 6)
     assert_refused(recycle(*arguments), "has a tokenizer")
 
@@ -197,11 +197,11 @@ def test_import_and_generate(recycle: Recycle, tmp_path: Path) -> None:
 def test_export_and_import(recycle: Recycle, home: Path, tmp_path: Path, tiny_folder: Path) -> None:
     before = contents(home)
     out, folder = tmp_path / "upstream", tmp_path / "again"
-    done = recycle("export", "runs/tiny", "--p", 2, "--out", out)
+    done = recycle("export", "runs/tiny", out, "--p", 2)
     assert done.returncode == 0, done.stderr
     assert f"Checkpoint: {out}." in done.stdout
     assert "modeling_qwen2_parscale.py beside config.json" in " ".join(done.stdout.split())
-    done = recycle("import", out, "--out", folder, "--backbone", tiny_folder)
+    done = recycle("import", out, folder, "--backbone", tiny_folder)
     assert done.returncode == 0, done.stderr
     weights = [path / "adapter_model.safetensors" for path in (folder, home / "runs/tiny/p2")]
     ours, expected = map(load_file, weights)
@@ -219,13 +219,13 @@ def test_import_of_one_stream(recycle: Recycle, tmp_path: Path, tiny_folder: Pat
     config = json.loads((source / "config.json").read_text())
     config |= {"model_type": "qwen2_parscale", "parscale_n": 1}
     (source / "config.json").write_text(json.dumps(config))
-    done = recycle("import", source, "--out", tmp_path / "x", "--backbone", tiny_folder)
+    done = recycle("import", source, tmp_path / "x", "--backbone", tiny_folder)
     assert done.returncode == 0, done.stderr
     printed = " ".join(done.stdout.split())
     assert "has one stream (parscale_n = 1), so no prefix and no adapter" in printed
     assert f"it is the model {tiny_folder}. Nothing was written." in printed
     assert not (tmp_path / "x").exists()
-    done = recycle("import", source, "--out", out)
+    done = recycle("import", source, out)
     assert done.returncode == 0, done.stderr
     assert f"recycle run {out}" in " ".join(done.stdout.split())
     assert json.loads((out / "config.json").read_text())["model_type"] == "qwen2"
@@ -235,14 +235,14 @@ def test_import_of_one_stream(recycle: Recycle, tmp_path: Path, tiny_folder: Pat
 
 
 def test_bad_exports(recycle: Recycle, tmp_path: Path) -> None:
-    out = ("--out", tmp_path / "new")
+    out = (tmp_path / "new",)
     assert_refused(recycle("export", "runs/tiny", "--p", 1, *out), "P = 1 is the untouched")
     assert_refused(recycle("export", "runs/tiny", "--p", 3, *out), "offers P = 1, 2, 4, got p=3")
     assert_refused(recycle("export", "runs/tiny/control", *out), "is a control")
     assert_refused(recycle("export", "texts", *out), "holds neither")
-    assert_refused(recycle("export", "runs/tiny", "--out", "texts"), "texts exists already")
+    assert_refused(recycle("export", "runs/tiny", "texts"), "texts exists already")
     assert_refused(recycle("export", "runs/tiny", *out, "--backbone", "./no"), "no such file or fo")
-    assert_refused(recycle("export", "runs/tiny", "--out", "tiny.yaml/x"), "could not be written")
+    assert_refused(recycle("export", "runs/tiny", "tiny.yaml/x"), "could not be written")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -353,13 +353,11 @@ def test_eval_refuses(recycle: Recycle, tmp_path: Path) -> None:
 
 
 def test_import_refuses(recycle: Recycle, home: Path, tiny_folder: Path, tmp_path: Path) -> None:
-    assert_refused(
-        recycle("import", "./nothing", "--out", "new"), "there is no such file or folder"
-    )
-    assert_refused(recycle("import", "nothing", "--out", "new"), "the files of model 'nothing'")
-    assert_refused(recycle("import", tiny_folder, "--out", "new"), "no checkpoint in upstream's")
-    assert_refused(recycle("import", GOLDEN, "--out", "texts"), "texts exists already")
-    assert_refused(recycle("import", GOLDEN, "--out", "new", "--backbone", tiny_folder))
+    assert_refused(recycle("import", "./nothing", "new"), "there is no such file or folder")
+    assert_refused(recycle("import", "nothing", "new"), "the files of model 'nothing'")
+    assert_refused(recycle("import", tiny_folder, "new"), "no checkpoint in upstream's")
+    assert_refused(recycle("import", GOLDEN, "texts"), "texts exists already")
+    assert_refused(recycle("import", GOLDEN, "new", "--backbone", tiny_folder))
     assert not Path("new").exists()
 
 
@@ -496,16 +494,16 @@ def test_help_costs_little_more_than_typer_and_rich() -> None:
         ("eval", "runs/tiny", "training.tokens=5"),
         ("generate", "./nosuchfolder", "--prompt", "a"),
         ("generate", "runs/tiny", "--prompt", "a", "--p", "3"),
-        ("export", "runs/tiny", "--out", "texts"),
-        ("export", "runs/tiny", "--out", "new", "--p", "7"),
-        ("export", "runs/tiny", "--out", "new", "--p", "1"),
-        ("export", "runs/tiny/control", "--out", "new"),
-        ("import", "./nosuchfolder", "--out", "new"),
-        ("import", "texts", "--out", "new"),
-        ("import", "./plain", "--out", "new"),
-        ("import", "./plain", "--out", "new", "--backbone", "./nosuchfolder"),
+        ("export", "runs/tiny", "texts"),
+        ("export", "runs/tiny", "new", "--p", "7"),
+        ("export", "runs/tiny", "new", "--p", "1"),
+        ("export", "runs/tiny/control", "new"),
+        ("import", "./nosuchfolder", "new"),
+        ("import", "texts", "new"),
+        ("import", "./plain", "new"),
+        ("import", "./plain", "new", "--backbone", "./nosuchfolder"),
         ("generate", "runs/tiny", "--prompt", "a", "--backbone", "./nosuchfolder"),
-        ("export", "runs/tiny", "--out", "new", "--backbone", "texts"),
+        ("export", "runs/tiny", "new", "--backbone", "texts"),
         ("run", "tiny.yaml", "streams=2"),
         ("run", "tiny.yaml", "data.path=./nothing", "output.dir=runs/other"),
         ("run", "tiny.yaml", "data.source=jsonl", "output.dir=runs/other"),

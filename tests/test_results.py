@@ -9,6 +9,7 @@ import sys
 from datetime import UTC, datetime
 from pathlib import Path
 
+import numpy as np
 import pytest
 from pydantic import ValidationError
 from rich.console import Console
@@ -27,6 +28,7 @@ from recycle.results import (
     ResultsError,
     ScoredDocument,
     Speed,
+    StreamUse,
     TrainingRecord,
     WallSeconds,
     compare,
@@ -123,21 +125,33 @@ def make_results(losses: dict[str, tuple[float, ...]] | None = None, **changes: 
 
 def test_paired_difference_by_hand() -> None:
     # Differences −1, 0, 4: mean 1, squared deviations 4 + 1 + 9 = 14, variance 14 / 2 = 7.
-    difference = paired_difference([1.0, 2.0, 7.0], [2.0, 2.0, 3.0])
+    difference = paired_difference([1.0, 2.0, 7.0], [2.0, 2.0, 3.0], [5, 5, 5])
     assert difference.mean == pytest.approx(1.0, abs=1e-15)
     assert difference.standard_error == pytest.approx(math.sqrt(7 / 3), abs=1e-15)
 
 
 def test_paired_difference_is_of_pairs() -> None:
     # A constant difference has no error, however much the documents differ among themselves.
-    difference = paired_difference([1.5, 8.5, 100.5], [1.0, 8.0, 100.0])
+    difference = paired_difference([1.5, 8.5, 100.5], [1.0, 8.0, 100.0], [3, 9, 1])
     assert (difference.mean, difference.standard_error) == (0.5, 0.0)
+
+
+def test_a_difference_weighs_tokens_and_its_error_is_over_documents() -> None:
+    # The error of a ratio estimator, in another form: of a resampling of documents to first order.
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(5, 50, 40)
+    a, b = rng.normal(3, 1, (2, 40))
+    found = paired_difference(a.tolist(), b.tolist(), tokens.tolist())
+    assert found.mean == pytest.approx(np.average(a - b, weights=tokens), abs=1e-12)
+    drawn = rng.integers(0, 40, (20_000, 40))
+    means = ((a - b) * tokens)[drawn].sum(1) / tokens[drawn].sum(1)
+    assert found.standard_error == pytest.approx(means.std(), rel=0.05)  # bootstrap
 
 
 @pytest.mark.parametrize(("a", "b"), [([1.0], []), ([1.0, 2.0], [1.0, 2.0, 3.0]), ([], [])])
 def test_paired_difference_refuses(a: list[float], b: list[float]) -> None:
     with pytest.raises(ValueError, match=rf"got {len(a)} and {len(b)}"):
-        paired_difference(a, b)
+        paired_difference(a, b, [1] * len(a))
 
 
 @pytest.mark.parametrize(
@@ -222,6 +236,20 @@ def test_date_is_kept_in_utc() -> None:
         make_results(date=datetime(2026, 1, 2))
 
 
+def test_the_use_of_streams_is_kept_and_records_without_it_are_read(tmp_path: Path) -> None:
+    results = make_results()
+    use = StreamUse(weights=(0.7, 0.3), entropy=0.61, error_correlation=None)
+    models = list(results.models)
+    models[2] = models[2].model_copy(update={"streams": use})
+    write(results.model_copy(update={"models": tuple(models)}), tmp_path / "results.json")
+    assert [x.streams for x in read(tmp_path / "results.json").models] == [None, None, use, None]
+    content = json.loads((tmp_path / "results.json").read_text())
+    for model in content["models"]:
+        del model["streams"]
+    (tmp_path / "results.json").write_text(json.dumps(content))
+    assert read(tmp_path / "results.json") == results
+
+
 @pytest.mark.parametrize("broken", [math.nan, math.inf])
 def test_losses_that_are_not_finite_are_kept_and_said(tmp_path: Path, broken: float) -> None:
     losses = LOSSES | {"P = 2": (broken, 2.5, 1.0), "P = 4": (1.0, broken, 1.0)}
@@ -240,7 +268,7 @@ def test_losses_that_are_not_finite_are_kept_and_said(tmp_path: Path, broken: fl
     row = "P = 4", "nan" if broken != broken else "inf", "not finite", "not finite"
     assert tabulate(again)[4][:4] == row
     # One is infinite where the other is not: no mean of the differences, and no error of Python's.
-    both = paired_difference([broken, 1.0, 2.0], [1.0, broken, 2.0])
+    both = paired_difference([broken, 1.0, 2.0], [1.0, broken, 2.0], [1, 1, 1])
     assert math.isnan(both.mean)
     assert both.standard_error is None
     assert "\n".join(shown_at(80, again)).count("not finite") == 4
@@ -274,7 +302,7 @@ def test_one_document_has_a_difference_and_no_error(tmp_path: Path) -> None:
 
 
 def test_documents_of_different_lengths() -> None:
-    """Each document counts the same in the loss, and each of its tokens in the bits per byte."""
+    """Every predicted token counts the same, in the loss and in the bits per byte."""
     documents = [
         ScoredDocument(name=f"m{i}", group="g", tokens=n, bytes=100) for i, n in enumerate((10, 30))
     ]
@@ -286,7 +314,7 @@ def test_documents_of_different_lengths() -> None:
         kv_bytes_per_token=1,
     )
     (model,) = compare(documents, [measured])
-    assert model.loss == 3.0
+    assert model.loss == (10 * 2.0 + 30 * 4.0) / 40
     assert model.bits_per_byte == pytest.approx((10 * 2.0 + 30 * 4.0) / math.log(2) / 200)
 
 

@@ -254,7 +254,7 @@ def test_zero_tokens(recipe: Path) -> None:
 
 
 def test_without_a_control_from_random_starts(recipe: Path) -> None:
-    record, _ = go(recipe, "training.control=false", "method.init=random", "streams=2")
+    record, _ = go(recipe, "stages.streams.control=false", "method.init=random", "streams=2")
     assert [model.name for model in record.models] == ["backbone", "P = 2"]
     assert record.models[1].minus_control is None
     assert not (recipe.parent / "run" / "control").exists()
@@ -262,7 +262,7 @@ def test_without_a_control_from_random_starts(recipe: Path) -> None:
 
 
 def test_an_independent_family(recipe: Path) -> None:
-    record, _ = go(recipe, "method.nested=false")
+    record, _ = go(recipe, "stages.streams.nested=false")
     folder = recipe.parent / "run"
     assert [training.name for training in record.training] == ["p4", "p2", "control"]
     state = {p: load_file(folder / f"p{p}" / "adapter_model.safetensors") for p in (2, 4)}
@@ -446,7 +446,7 @@ def test_what_was_trained_is_not_trained_again(
 def test_torn_trained_weights_are_trained_again(recipe: Path, finished: Path) -> None:
     _break_off(recipe)
     finished_training = recipe.parent / "run" / "checkpoints" / "nested" / "finished"
-    trained = finished_training / "trained.safetensors"
+    trained = finished_training / "learned.safetensors"
     trained.write_bytes(trained.read_bytes()[:-100])
     found, _ = go(recipe)
     whole = results.read(finished.parent / "run" / "results.json")
@@ -548,7 +548,7 @@ def test_what_a_launcher_sets_of_processes_passes(
 def test_nothing_asks_the_hub_after_the_training(
     recipe: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from recycle.run import materials, story
+    from recycle.run import materials, streams
 
     asked: list[str] = []
 
@@ -569,7 +569,7 @@ def test_nothing_asks_the_hub_after_the_training(
 
     monkeypatch.setattr(materials, "_hub_licence", licence)
     monkeypatch.setattr(materials, "load_backbone", from_the_hub)
-    monkeypatch.setattr(story, "train", train)
+    monkeypatch.setattr(streams, "train", train)
     record, _ = go(recipe, "training.tokens=128")
     assert record.backbone.license == "mit"
 

@@ -146,7 +146,7 @@ def test_search_learning_rate(tmp_path, tiny_folder):
     """At the recipe's own rate it finds what the recipe's run finds."""
     recipe = write_recipe(tmp_path, tiny_folder)
     out = tmp_path / "search.json"
-    arguments = ("--rates", "1e-2,1e-4", "--out", out, "training.control_learning_rate=3e-3")
+    arguments = ("--rates", "1e-2,1e-4", "--out", out, "stages.streams.control_learning_rate=3e-3")
     done = run(tmp_path, ROOT / "scripts/search_learning_rate.py", recipe, *arguments)
     assert done.returncode == 0, done.stdout + done.stderr
     losses = json.loads(out.read_text())["losses"]
@@ -347,6 +347,9 @@ def test_the_demo_without_speeds_is_a_table_without_them(update_readme, monkeypa
     assert "tokens/s" not in table
 
 
+TABLES = ("demo", "two-stage")
+
+
 def test_stale_tables_are_found_and_made_anew(update_readme, tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match=r"README\.md lacks the lines .*\n<!-- demo: made by"):
         update_readme.update("# Nothing\n")
@@ -356,8 +359,10 @@ def test_stale_tables_are_found_and_made_anew(update_readme, tmp_path, monkeypat
         (measured / path.name).symlink_to(path)
     monkeypatch.setattr(update_readme, "ROOT", tmp_path)
     monkeypatch.setattr(update_readme, "MEASURED", measured)
-    opening, closing = update_readme.OPENING, update_readme.CLOSING
-    (tmp_path / "README.md").write_text(f"before\n{opening}\nold\n{closing}\nafter\n")
+    marks = [(update_readme.OPENING.format(x), update_readme.CLOSING.format(x)) for x in TABLES]
+    (tmp_path / "README.md").write_text(
+        "".join(f"before\n{opening}\nold\n{closing}\nafter\n" for opening, closing in marks)
+    )
 
     def run_script(*arguments):
         monkeypatch.setattr("sys.argv", ["update_readme.py", *arguments])
@@ -368,8 +373,11 @@ def test_stale_tables_are_found_and_made_anew(update_readme, tmp_path, monkeypat
     run_script()
     run_script("--check")
     readme = (tmp_path / "README.md").read_text()
-    table = update_readme.demo_table()
-    assert readme == f"before\n{opening}\n{table}\n{closing}\nafter\n"
+    tables = update_readme.demo_table(), update_readme.two_stage_table()
+    assert readme == "".join(
+        f"before\n{opening}\n{table}\n{closing}\nafter\n"
+        for (opening, closing), table in zip(marks, tables, strict=True)
+    )
     (measured / "README.md").write_text("old")
     with pytest.raises(SystemExit, match=r"^scripts/measured/README\.md is stale"):
         run_script("--check")

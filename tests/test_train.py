@@ -3,7 +3,9 @@
 import hashlib
 import importlib
 import math
+import statistics
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +16,13 @@ from torch.nn import functional as F
 
 from recycle import backbone as backbones
 from recycle import data
-from recycle.cost import Work
-from recycle.data import Splits
-from recycle.evaluate import OutputHead, document_losses, passes_of
+from recycle.cost import PassCost
+from recycle.data import IGNORED, Splits
+from recycle.evaluate import OutputHead, Pass, document_losses, passes_of
 from recycle.parscale import ActiveStreams, choose_streams
 from recycle.parscale import prefix as prefix_module
 from recycle.progress import Silent
-from recycle.recipe import Recipe, resolve
+from recycle.recipe import Data, Recipe, resolve
 from recycle.results import TrainingRecord
 from recycle.run.folder import Found
 from recycle.run.plan import plan_run
@@ -28,7 +30,7 @@ from recycle.train import (
     StreamTrainer,
     TrainingError,
     TrainingPlan,
-    add_adapter,
+    add_streams,
     last_checkpoint,
     train,
 )
@@ -48,9 +50,8 @@ class Workshop:
         self.model: Any
         self.model, self.tokenizer, _ = backbones.load_backbone(recipe.backbone, "cpu")
         self.splits: Splits = data.prepare(
-            recipe.data,
+            [data.StageData(recipe.data, self.plans()[0].steps * recipe.training.batch_size)],
             self.tokenizer,
-            train_blocks=self.plans()[0].steps * recipe.training.batch_size,
             num_virtual_tokens=recipe.method.num_virtual_tokens,
             num_starts=max(recipe.streams),
         )
@@ -62,15 +63,15 @@ class Workshop:
 
     def add(self, plan: TrainingPlan) -> None:
         starts, quantization = self.splits.starts, self.recipe.backbone.quantization
-        self.model = add_adapter(self.model, plan, self.recipe.method, starts, quantization)
+        self.model = add_streams(self.model, plan, self.recipe.method, starts, quantization)
 
     def train(self, plan: TrainingPlan) -> TrainingRecord:
         splits, size = self.splits, self.recipe.evaluation.batch_size
-        return train(self.model, plan, splits.train, splits.validation, size, Silent())
+        return train(self.model, plan, splits.train[0], splits.validation[0], size, Silent())
 
     def trainer(self, plan: TrainingPlan, head: OutputHead) -> StreamTrainer:
         splits, size = self.splits, self.recipe.evaluation.batch_size
-        arguments = (splits.train, splits.validation, size, head, Silent())
+        arguments = (splits.train[0], splits.validation[0], size, head, Silent())
         return StreamTrainer(self.model, plan, *arguments)
 
     def train_all(self, folder: Path) -> list[TrainingRecord]:
@@ -139,37 +140,38 @@ def recording(monkeypatch: pytest.MonkeyPatch) -> type[Recording]:
 # ---- what it will take
 
 
-def test_the_estimate(workshop: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From steps of one second and a growth of 1 GiB, for what is still to be done."""
+def test_what_passes_cost(workshop: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From passes of so many seconds and a growth of 1 GiB."""
     tiny = workshop(**{"data.block_size": 64, "training.tokens": 8 * 4 * 64})
-    family, control = tiny.plans()
+    family = tiny.plans()[0]
     tiny.add(family)
-    # The passes: one to warm up, then learning in 8 s, reading in 4, reading alone in 1.
-    clock = iter([0, 100, 0, 8, 0, 4, 0, 1])
-    memory = iter([2 * 2**30, 3 * 2**30])
-    monkeypatch.setattr(estimate_room.time, "perf_counter", lambda: next(clock))
-    monkeypatch.setattr(estimate_room, "_memory", lambda device: next(memory))
-    work = [
-        Work(ActiveStreams("nested", 4, (2, 4)), learned=3 * 64, read=5 * 64),
-        Work(ActiveStreams("control", 1, (1,)), learned=7 * 64, read=11 * 64),
-    ]
-    with OutputHead(tiny.model) as head:
-        found = estimate_room.estimate_run(
-            tiny.model,
-            head.log_probs,
-            work,
-            backbone_read=13 * 64,
-            block_size=64,
-            micro_batch_size=2,
-            gradient_checkpointing=False,
-        )
-    # A block of 64 tokens is a pass; the control costs what the backbone does.
-    assert found.seconds == pytest.approx(3 * 8 + 5 * 4 + 7 * 2 + 11 * 1 + 13 * 1)
+
+    def cost(active: ActiveStreams | None, *seconds: float) -> Any:
+        # One pass to warm up, then learning and reading.
+        clock = iter([0, 100, *(x for each in seconds for x in (0, each))])
+        memory = iter([2 * 2**30, 3 * 2**30])
+        monkeypatch.setattr(estimate_room.time, "perf_counter", lambda: next(clock))
+        monkeypatch.setattr(estimate_room, "_memory", lambda device: next(memory))
+        with OutputHead(tiny.model) as head:
+            return estimate_room.pass_cost(
+                tiny.model,
+                head.log_probs,
+                active,
+                block_size=64,
+                micro_batch_size=2,
+                gradient_checkpointing=False,
+            )
+
+    found = cost(family.active, 8, 4)
     adapter = sum(p.numel() for p in tiny.adapter("nested").values())
+    assert (found.learning, found.reading) == (8 / 64, 4 / 64)
     # Two blocks in a micro-batch; a gradient and two moments in float32.
     assert found.gib == pytest.approx(2 + 2 + 12 * adapter / 2**30)
     assert not any(p.grad is not None for p in tiny.model.parameters())
-    assert control.p_values == (1,)
+    alone = PassCost(learning=2 / 64, reading=1 / 64, gib=1.0)
+    assert found.between(alone, 1) == found
+    control = found.between(alone, 0)  # costs what the backbone does
+    assert (control.learning, control.reading) == (pytest.approx(2 / 64), 1 / 64)
 
 
 def test_validations_that_are_left(workshop: Any) -> None:
@@ -216,7 +218,7 @@ def test_the_control_leaves_the_family_as_it_was(workshop: Any, tmp_path: Path) 
 
 
 def test_a_head_of_weight_zero_learns_nothing(workshop: Any, tmp_path: Path) -> None:
-    tiny = workshop(**{"training.loss_weights": {"2": 0}, "training.control": False})
+    tiny = workshop(**{"stages.streams.loss_weights": {"2": 0}, "stages.streams.control": False})
     (job,) = tiny.plans(tmp_path)
     tiny.add(job)
     start = {name: p.detach().clone() for name, p in tiny.adapter("nested").items()}
@@ -233,14 +235,14 @@ def test_a_head_of_weight_zero_learns_nothing(workshop: Any, tmp_path: Path) -> 
 def test_the_loss_is_the_weighted_mean_of_every_head_on_its_own(
     workshop: Any, tmp_path: Path, weights: dict[str, float]
 ) -> None:
-    tiny = workshop(**{"training.loss_weights": weights})
+    tiny = workshop(**{"stages.streams.loss_weights": weights})
     job = tiny.plans(tmp_path)[0]
     tiny.add(job)
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():  # a fresh aggregator weighs all streams alike
         for parameter in tiny.adapter("nested").values():
             parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
-    tokens = torch.tensor(tiny.splits.train[:3]["input_ids"])
+    tokens = torch.tensor(tiny.splits.train[0][:3]["input_ids"])
     with OutputHead(tiny.model) as head:
         trainer = tiny.trainer(job, head)
         inputs = {"input_ids": tokens, "labels": tokens}
@@ -258,10 +260,39 @@ def test_the_loss_is_the_weighted_mean_of_every_head_on_its_own(
     assert found == pytest.approx(expected, abs=1e-5)  # sums in another order
 
 
+@pytest.mark.parametrize("packs", [True, False])
+def test_conversations_are_learned_as_each_is_on_its_own(
+    workshop: Any, tmp_path: Path, packs: bool
+) -> None:
+    tiny = workshop(**{"training.tokens": STEP_TOKENS, "stages.streams.control": False})
+    job = tiny.plans(tmp_path)[0]
+    chat = Data(source="tasks", block_size=200, validation_documents=2, test_documents=2)
+    tiny.splits = data.prepare(
+        [data.StageData(chat, 4)], tiny.tokenizer, num_virtual_tokens=4, num_starts=4, packs=packs
+    )
+    tiny.add(job)
+    expected, count = 0.0, 0
+    with OutputHead(tiny.model) as head, torch.no_grad():
+        for row in tiny.splits.train[0]:
+            ids, labels = torch.tensor(row["input_ids"]), torch.tensor(row["labels"])
+            positions = torch.tensor(row["position_ids"]) if packs else torch.arange(len(ids))
+            begins = [*(positions == 0).nonzero().flatten().tolist(), len(ids)]
+            for begin, end in pairwise(begins):
+                part = slice(begin, end)
+                active = ActiveStreams("nested", 4, (2, 4))
+                found = head.log_probs(active, ids[None, part], labels[None, part])
+                expected -= found.sum().item() / 2
+                count += int((labels[part] != IGNORED).sum())
+        assert count == tiny.splits.facts[0]["chat"]["learned_tokens"]
+    record = tiny.train(job)
+    assert losses(record) == [pytest.approx(expected / count, abs=1e-5)]
+    assert len(record.curve) == 2
+
+
 def test_micro_batches_change_no_loss(workshop: Any, tmp_path: Path) -> None:
     found = []
     for size in (1, 4):
-        tiny = workshop(**{"training.micro_batch_size": size, "training.control": False})
+        tiny = workshop(**{"training.micro_batch_size": size, "stages.streams.control": False})
         found += tiny.train_all(tmp_path / str(size))
     assert losses(found[0]) == pytest.approx(losses(found[1]), abs=1e-5)
     assert len(set(losses(found[0]))) == 8
@@ -270,7 +301,7 @@ def test_micro_batches_change_no_loss(workshop: Any, tmp_path: Path) -> None:
 def test_gradient_checkpointing_changes_no_loss(workshop: Any, tmp_path: Path) -> None:
     found = []
     for on in (True, False):
-        tiny = workshop(**{"training.gradient_checkpointing": on, "training.control": False})
+        tiny = workshop(**{"training.gradient_checkpointing": on, "stages.streams.control": False})
         found += tiny.train_all(tmp_path / str(on))
     assert losses(found[0]) == pytest.approx(losses(found[1]), abs=1e-6)
 
@@ -286,9 +317,9 @@ def test_learning_rates(
         **{
             "training.warmup": 0.25,
             "training.decay": decay,
-            "training.prefix_learning_rate": RATES["nested"],
-            "training.aggregator_learning_rate": RATES["aggregator"],
-            "training.control_learning_rate": RATES["control"],
+            "stages.streams.prefix_learning_rate": RATES["nested"],
+            "stages.streams.aggregator_learning_rate": RATES["aggregator"],
+            "stages.streams.control_learning_rate": RATES["control"],
         }
     )
     tiny.train_all(tmp_path)
@@ -327,11 +358,11 @@ def test_the_groups_of_the_optimizer_hold_what_they_say(workshop: Any, tmp_path:
 
 
 def test_gradients_are_clipped(workshop: Any, tmp_path: Path, recording: type[Recording]) -> None:
-    unclipped = workshop(**{"training.max_grad_norm": 1e6, "training.control": False})
+    unclipped = workshop(**{"training.max_grad_norm": 1e6, "stages.streams.control": False})
     unclipped.train_all(tmp_path / "unclipped")
     assert min(recording.norms) > 0.02
     recording.norms.clear()
-    clipped = workshop(**{"training.max_grad_norm": 0.01, "training.control": False})
+    clipped = workshop(**{"training.max_grad_norm": 0.01, "stages.streams.control": False})
     clipped.train_all(tmp_path / "clipped")
     assert recording.norms == pytest.approx([0.01] * 8, rel=1e-3)
 
@@ -358,7 +389,7 @@ def test_the_budget_is_met_to_within_one_step(
             assert (training.tokens_per_second, training.curve) == (None, ())
         elif tokens == 1:  # a warm-up's first step has a rate of zero, and may not be the only one
             assert training.curve[-1].validation_loss != training.curve[0].validation_loss
-    assert len(tiny.splits.train) == 4 * expected
+    assert len(tiny.splits.train[0]) == 4 * expected
 
 
 def test_every_block_is_read_once(
@@ -372,9 +403,11 @@ def test_every_block_is_read_once(
         return compute(self, model, inputs, *rest, **more)
 
     monkeypatch.setattr(StreamTrainer, "compute_loss", watch)
-    tiny = workshop(**{"training.control": False})
+    tiny = workshop(**{"stages.streams.control": False})
     tiny.train_all(tmp_path)
-    assert sorted(read) == sorted(map(tuple, tiny.splits.train["input_ids"]))
+    counted, *read = read  # operations are counted on a row, from which nothing is learned
+    assert counted == tuple(tiny.splits.train[0][0]["input_ids"])
+    assert sorted(read) == sorted(map(tuple, tiny.splits.train[0]["input_ids"]))
 
 
 def test_the_validation_curve(workshop: Any, tmp_path: Path) -> None:
@@ -386,7 +419,7 @@ def test_the_validation_curve(workshop: Any, tmp_path: Path) -> None:
         assert all(list(point.validation_loss) == names for point in training.curve)
     tiny.model.eval()
     with OutputHead(tiny.model) as head:
-        found = document_losses(head, passes_of(tiny.model), tiny.splits.validation, 2)
+        found = document_losses(head, passes_of(tiny.model), tiny.splits.validation[0], 2)
     for name, loss in {
         **family.curve[-1].validation_loss,
         **control.curve[-1].validation_loss,
@@ -399,7 +432,9 @@ def test_the_validation_curve(workshop: Any, tmp_path: Path) -> None:
 
 def test_logging_steps_thin_the_log_and_nothing_else(workshop: Any, tmp_path: Path) -> None:
     every, third = (
-        workshop(**{"logging.steps": n, "training.control": False}).train_all(tmp_path / str(n))[0]
+        workshop(**{"logging.steps": n, "stages.streams.control": False}).train_all(
+            tmp_path / str(n)
+        )[0]
         for n in (1, 3)
     )
     assert [point.step for point in third.train_loss] == [3, 6, 8]
@@ -411,7 +446,7 @@ def test_logging_steps_thin_the_log_and_nothing_else(workshop: Any, tmp_path: Pa
 
 
 def test_an_independent_family(workshop: Any, tmp_path: Path) -> None:
-    tiny = workshop(**{"method.nested": False})
+    tiny = workshop(**{"stages.streams.nested": False})
     trainings = tiny.train_all(tmp_path)
     assert [(training.name, training.p_values) for training in trainings] == [
         ("p4", (4,)),
@@ -451,20 +486,20 @@ class Poisoned(torch.optim.AdamW):
 def test_a_loss_that_is_not_finite_stops_and_can_be_resumed(
     workshop: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    undisturbed = workshop(**{"training.control": False})
+    undisturbed = workshop(**{"stages.streams.control": False})
     (expected,) = undisturbed.train_all(tmp_path / "undisturbed")
 
     Poisoned.count = 0
     with monkeypatch.context() as patch:
         patch.setattr(torch.optim, "AdamW", Poisoned)
         with pytest.raises(TrainingError, match=r"loss .* is not finite at step 6") as caught:
-            workshop(**{"training.control": False}).train_all(tmp_path / "poisoned")
+            workshop(**{"stages.streams.control": False}).train_all(tmp_path / "poisoned")
     assert "last good checkpoint is kept" in str(caught.value)
     checkpoint = last_checkpoint(tmp_path / "poisoned" / "nested")
     assert checkpoint is not None
     assert checkpoint.name == "checkpoint-4"
 
-    mended = workshop(**{"training.control": False})
+    mended = workshop(**{"stages.streams.control": False})
     (found,) = mended.train_all(tmp_path / "poisoned")
     assert losses(found) == pytest.approx(losses(expected), abs=1e-6)
     assert found.curve == expected.curve
@@ -523,7 +558,7 @@ def interrupted(workshop: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) ->
     with monkeypatch.context() as patch:
         patch.setattr(torch.optim, "AdamW", Poisoned)
         with pytest.raises(TrainingError):
-            workshop(**{"training.control": False}).train_all(folder)
+            workshop(**{"stages.streams.control": False}).train_all(folder)
     return folder / "nested"
 
 
@@ -531,10 +566,10 @@ def interrupted(workshop: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) ->
 def test_a_torn_checkpoint_is_passed_over(
     workshop: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
 ) -> None:
-    (expected,) = workshop(**{"training.control": False}).train_all(tmp_path / "undisturbed")
+    (expected,) = workshop(**{"stages.streams.control": False}).train_all(tmp_path / "undisturbed")
     folder = interrupted(workshop, tmp_path / "torn", monkeypatch)
     newest = folder / "checkpoint-4"
-    weights = next(newest.rglob("adapter_model.safetensors"))
+    weights = next(newest.rglob("learned.safetensors"))
     if damage == "unsealed":
         (newest / "complete").unlink()
     elif damage == "truncated":
@@ -546,7 +581,7 @@ def test_a_torn_checkpoint_is_passed_over(
     found = last_checkpoint(folder)
     assert found == folder / "checkpoint-2"
     assert not newest.exists()
-    (resumed,) = workshop(**{"training.control": False}).train_all(tmp_path / "torn")
+    (resumed,) = workshop(**{"stages.streams.control": False}).train_all(tmp_path / "torn")
     assert losses(resumed) == pytest.approx(losses(expected), abs=1e-6)
 
 
@@ -558,7 +593,7 @@ def test_what_is_no_checkpoint_is_left_alone_or_removed(
     (folder / "checkpoint-90").write_text("a file")
     (folder / "checkpoint-91").symlink_to(folder / "nowhere")
     assert last_checkpoint(folder) == folder / "checkpoint-4"
-    assert sorted(path.name for path in folder.glob("*-*")) == [
+    assert sorted(path.name for path in folder.glob("checkpoint-*")) == [
         "checkpoint-2",
         "checkpoint-4",
         "checkpoint-4.bak",
@@ -571,14 +606,49 @@ def test_without_any_whole_checkpoint_training_starts_again(
     folder = interrupted(workshop, tmp_path, monkeypatch)
     for seal in folder.rglob("complete"):
         seal.unlink()
-    (training,) = workshop(**{"training.control": False}).train_all(tmp_path)
+    (training,) = workshop(**{"stages.streams.control": False}).train_all(tmp_path)
     assert [point.step for point in training.train_loss] == list(range(1, 9))
     assert [path.name for path in folder.iterdir()] == ["finished"]
     assert sorted(path.name for path in (folder / "finished").iterdir()) == [
         "complete",
-        "trained.safetensors",
+        "learned.safetensors",
         "training.json",
     ]
+
+
+def test_the_best_point_is_what_is_kept(
+    workshop: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where a small set is learned by heart: validation gets worse from step 6 on."""
+    worse = iter([0.0, 0.0, 0.0, 5.0, 5.0])
+
+    def measured(*arguments: Any) -> dict[str, list[float]]:
+        more = next(worse)
+        found = document_losses(*arguments)
+        return {name: [loss + more for loss in each] for name, each in found.items()}
+
+    monkeypatch.setattr("recycle.train.trainer.document_losses", measured)
+    tiny = workshop(**{"training.validation_steps": 2, "stages.streams.control": False})
+    (record,) = tiny.train_all(tmp_path)
+    assert record.kept_step == 4
+    with OutputHead(tiny.model.eval()) as head:
+        passes = [Pass(tiny.plans()[0].active, ["P = 2", "P = 4"])]
+        found = document_losses(head, passes, tiny.splits.validation[0], 4)
+    kept = {name: pytest.approx(statistics.fmean(x), abs=1e-5) for name, x in found.items()}
+    assert record.curve[2].validation_loss == kept
+    assert [path.name for path in (tmp_path / "nested").iterdir()] == ["finished"]
+
+
+def test_operations_are_counted_once(
+    workshop: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (whole,) = workshop(**{"stages.streams.control": False}).train_all(tmp_path / "whole")
+    interrupted(workshop, tmp_path / "torn", monkeypatch)
+    (resumed,) = workshop(**{"stages.streams.control": False}).train_all(tmp_path / "torn")
+    assert whole.flops_per_token is not None
+    # Forward and backward of four streams: at least four products for each weight of a matrix.
+    assert whole.flops_per_token > 4 * 4 * 2 * (4 * 64 * 64)
+    assert resumed.flops_per_token == whole.flops_per_token
 
 
 # --- output heads -----------------------------------------------------------------------------
@@ -597,7 +667,7 @@ def test_the_loss_is_that_of_the_models_own_head(tmp_path, monkeypatch, model_ty
     workshop = Workshop(resolve(str(write_recipe(tmp_path, backbone)), []).recipe)
     job = workshop.plans(tmp_path)[0]
     workshop.add(job)
-    ids = torch.tensor([workshop.splits.train[0]["input_ids"]])
+    ids = torch.tensor([workshop.splits.train[0][0]["input_ids"]])
     workshop.model.eval()
     active = ActiveStreams(job.adapter, job.num_streams, job.p_values)
     with OutputHead(workshop.model) as head:

@@ -163,7 +163,7 @@ def _check_architecture(name: str, config: dict[str, Any]) -> None:
     if "parscale_n" in config:
         raise BackboneError(
             f"{name!r} is a ParScale checkpoint, which holds streams already: turn it into an "
-            f"adapter and a backbone with `recycle import {name} --out DIR --backbone-out DIR`"
+            f"adapter and a backbone with `recycle import {name} DIR --backbone-out DIR`"
         )
     model_type = config.get("model_type")
     if model_type not in CONFIG_MAPPING_NAMES:

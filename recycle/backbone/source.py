@@ -23,7 +23,8 @@ from recycle.disk import expand, read_json_object
 
 from .errors import BackboneError, first_line
 
-CONFIG, ADAPTER = "config.json", "adapter_config.json"
+CONFIG = "config.json"
+ADAPTER, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # Every file that a tokenizer may need; nothing that runs code.
 TOKENIZER_FILES = (
     *("token*.json", "tekken.json", "vocab*.json", "vocab*.txt", "vocab.bpe", "merges*.txt"),

@@ -1,3 +1,3 @@
 """What a run will take, told before it starts."""
 
-from .estimate import Estimate, Work, estimate_run
+from .estimate import PassCost, pass_cost

@@ -1,4 +1,4 @@
-"""Expected time and memory of a run, from a pass of each kind with the model itself.
+"""Expected time and memory of passes, from a short pass of each kind with the model itself.
 
 Dimensions: B blocks, S tokens of a block, |P| values of P at once.
 """
@@ -6,11 +6,11 @@ Dimensions: B blocks, S tokens of a block, |P| values of P at once.
 import resource
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from peft import PeftModelForCausalLM
 from torch import Tensor
 
 from recycle.parscale import ActiveStreams
@@ -22,82 +22,70 @@ CPU_TOKENS = 128  # of a measured pass: enough to tell, and seconds where a CPU 
 
 
 @dataclass(frozen=True)
-class Work:
-    """What is still to be done with one adapter, in text tokens."""
+class PassCost:
+    """What a text token takes."""
 
-    active: ActiveStreams
-    learned: int
-    """Tokens to learn from."""
-    read: int
-    """Tokens of validation and test."""
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """What a run is going to take."""
-
-    seconds: float
+    learning: float
+    """Seconds of a forward and backward pass."""
+    reading: float
+    """Seconds of a forward pass."""
     gib: float
+    """Memory in training, of a whole micro-batch, and of AdamW."""
+
+    def between(self, alone: "PassCost", share: float) -> "PassCost":
+        """The cost of fewer streams: 0 is that of none, 1 is this."""
+        reading = alone.reading + share * (self.reading - alone.reading)
+        return PassCost(reading * self.learning / self.reading, reading, self.gib)
 
 
-def estimate_run(
-    model: PeftModelForCausalLM,
+def pass_cost(
+    model: Any,
     log_probs: LogProbs,
-    work: Sequence[Work],
+    active: ActiveStreams | None,
     *,
-    backbone_read: int,
     block_size: int,
     micro_batch_size: int,
     gradient_checkpointing: bool,
-) -> Estimate:
-    """Expected time and memory of the rest of a run, from short passes with its first adapter.
+) -> PassCost:
+    """Measure short passes of a model, with what learns in it as it is.
 
     Args:
-        model: The backbone with the adapter of the first piece of work, which has the most streams.
+        model: The model, some parameters of which require gradients, or none.
         log_probs: How losses are computed in the run.
-        work: What is to be done with each adapter.
-        backbone_read: Test tokens that the backbone reads alone.
+        active: The streams to run.
         block_size: Tokens of a block.
         micro_batch_size: Blocks in a forward and backward pass.
         gradient_checkpointing: Activations are computed twice in training.
     """
     device = model.device
-    active = work[0].active
     length = block_size if device.type == "cuda" else min(block_size, CPU_TOKENS)
     vocabulary = model.get_input_embeddings().num_embeddings
     ids = (torch.arange(length, device=device) % vocabulary).unsqueeze(0)
     before = _memory(device)
 
-    def seconds(streams: ActiveStreams | None, tokens: Tensor, backward: bool = False) -> float:
+    def seconds(tokens: Tensor, backward: bool = False) -> float:
         started = time.perf_counter()
         with torch.set_grad_enabled(backward):
-            total = log_probs(streams, tokens, tokens).sum()
+            total = log_probs(active, tokens, tokens).sum()
         total.backward() if backward else None
         total.item()  # waits for the GPU
         return time.perf_counter() - started
 
-    if gradient_checkpointing:
+    learned = sum(x.numel() for x in model.parameters() if x.requires_grad)
+    learns = learned > 0
+    if learns and gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    model.train()
-    seconds(active, ids[:, :WARM_UP], backward=True)  # sets kernels up
-    learning = seconds(active, ids, backward=True)
+    model.train(learns)
+    seconds(ids[:, :WARM_UP], backward=learns)  # sets kernels up
+    learning = seconds(ids, backward=learns)
     model.zero_grad(set_to_none=True)
+    if learns and gradient_checkpointing:
+        model.gradient_checkpointing_disable()
     model.eval()
-    reading, reading_alone = seconds(active, ids), seconds(None, ids)
-    # The cost of one stream between those of the adapter and of the backbone alone, the control.
-    each = max(active.num_streams - 1, 1)
-    share = {p: (p - 1) / each for p in range(1, active.num_streams + 1)}
-    total = backbone_read * reading_alone
-    for piece in work:
-        part = share[piece.active.num_streams]
-        read = reading_alone + part * (reading - reading_alone)
-        total += piece.read * read + piece.learned * read * learning / reading
-    adapter = sum(x.numel() for x in model.parameters() if x.requires_grad)
+    reading = seconds(ids)
     growth = (_memory(device) - before) * micro_batch_size * block_size / length
-    return Estimate(
-        seconds=total / length,
-        gib=(before + growth + 3 * 4 * adapter) / 2**30,  # gradient and AdamW's two moments
-    )
+    gib = (before + growth + 3 * 4 * learned) / 2**30  # gradient and AdamW's two moments
+    return PassCost(learning / length, reading / length, gib)
 
 
 def _memory(device: torch.device) -> int:

@@ -1,9 +1,13 @@
-"""Text from a source -> splits that share nothing -> blocks of tokens.
+"""Text from a source -> splits that share nothing -> rows of tokens.
 
-Reading order: `splits.py` (the rule, and what comes out), `evaluation.py` and `training.py` (what
-each split takes), `files.py` and `rows.py` (the sources), `text.py` (one document).
+Reading order: `splits.py` (the rule, and what comes out), `reading.py` (how documents reach the
+splits), `evaluation.py` and `training.py` (what each split takes), `packing.py` (training rows),
+`mix.py`, `files.py` and `rows.py` (the sources), `text.py`, `chat.py` and `encoding.py` (one
+document), `tasks.py` (tasks with checkable answers), `advice.py` (where data are too few).
 """
 
+from .evaluation import Document
 from .files import STDLIB
-from .splits import IGNORED, Document, Splits, prepare
-from .text import DataError
+from .splits import Splits, prepare
+from .text import IGNORED, DataError
+from .training import StageData

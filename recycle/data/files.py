@@ -57,10 +57,12 @@ def read_stdlib(data: Data, facts: dict[str, Any], skipped: Counter[str]) -> Ite
     facts["python"] = platform.python_version()
     facts["packages"] = [package for package, files in found.items() if files]
     facts["packages_missing"] = [package for package, files in found.items() if not files]
-    yield from _read(found, root, data, skipped)
+    yield from _read(_evaluation_first(found, data), root, skipped)
 
 
-def read_files(data: Data, facts: dict[str, Any], skipped: Counter[str]) -> Iterator[Text]:
+def read_files(
+    data: Data, facts: dict[str, Any], skipped: Counter[str], in_order: bool = False
+) -> Iterator[Text]:
     """Text files; the group is the first folder in which they part, or the file itself."""
     root, files = matching(data, skipped)
     facts |= {"path": data.path, "files": len(files)}
@@ -69,13 +71,15 @@ def read_files(data: Data, facts: dict[str, Any], skipped: Counter[str]) -> Iter
         root = Path(os.path.commonpath([file.parent for file in files]))
     for file in files:
         groups.setdefault(file.relative_to(root).parts[0], []).append(file)
-    yield from _read(groups, root, data, skipped)
+    if in_order:
+        pairs = [(group, file) for group, members in groups.items() for file in members]
+    else:
+        pairs = _evaluation_first(groups, data)
+    yield from _read(pairs, root, skipped)
 
 
-def _read(
-    groups: dict[str, list[Path]], root: Path, data: Data, skipped: Counter[str]
-) -> Iterator[Text]:
-    for group, file in _evaluation_first(groups, data):
+def _read(pairs: list[tuple[str, Path]], root: Path, skipped: Counter[str]) -> Iterator[Text]:
+    for group, file in pairs:
         try:
             text = file.read_bytes().decode("utf-8-sig")
         except UnicodeDecodeError:
@@ -124,7 +128,7 @@ def matching(data: Data, skipped: Counter[str]) -> tuple[Path, list[Path]]:
         root = Path(*takewhile(lambda part: not glob.has_magic(part), path.parts))
     files = _matches(root, pattern, {"__pycache__"}, skipped)
     if not files:
-        takes = {"files": "a folder, a file or a glob", "jsonl": "a file or a glob"}[data.source]
+        takes = "a folder, a file or a glob" if data.source == "files" else "a file or a glob"
         found = "holds no file" if path.is_dir() else "matches no file"
         raise DataError(
             f"data.source={data.source} reads {takes}; data.path={data.path} {found} (looked from "

@@ -1,4 +1,4 @@
-"""Rows with fields as sources: JSON lines, and data sets on the Hub."""
+"""Rows with fields as sources: JSON lines, Parquet files, and data sets on the Hub."""
 
 import gzip
 import json
@@ -10,11 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HTTPError
+from pyarrow.parquet import ParquetFile
 
 from recycle.recipe import Data
 
+from .chat import Conversation, read_conversation
 from .files import matching
 from .text import DataError, Text, sha256
 
@@ -22,21 +25,34 @@ HUB_TIMEOUT = 30.0  # seconds
 # JSON, UTF-8 and Arrow (ValueErrors); the disk; gzip
 UNREADABLE = (ValueError, RecursionError, OSError, EOFError, zlib.error)
 UNREACHABLE = (HTTPError, OSError, datasets.exceptions.DatasetsError)
+BATCH_ROWS = 256  # of a Parquet file, in memory at once
 SHUFFLE_BUFFER = 4096  # documents held in memory to shuffle a stream
 
 
-def read_jsonl(data: Data, facts: dict[str, Any], skipped: Counter[str]) -> Iterator[Text]:
-    """Lines of JSON files; the group is the value of data.group_field, or the line itself."""
+def read_rows(
+    data: Data, facts: dict[str, Any], skipped: Counter[str], in_order: bool = False
+) -> Iterator[Text]:
+    """Rows of JSON lines or Parquet; the group is the value of data.group_field, or the row."""
     root, files = matching(data, skipped)
-    facts |= {"path": data.path, "files": len(files), "text_field": data.text_field}
-    random.Random(data.seed).shuffle(files)
-    yield from _buffer_shuffled(_json_lines(files, root, data, skipped), data.seed)
+    facts |= {"path": data.path, "files": len(files), **_content(data)}
+    if not in_order:
+        random.Random(data.seed).shuffle(files)
+    texts = _rows(files, root, data, skipped)
+    yield from texts if in_order else _buffer_shuffled(texts, data.seed)
 
 
-def _json_lines(files: list[Path], root: Path, data: Data, skipped: Counter[str]) -> Iterator[Text]:
+def _content(data: Data) -> dict[str, Any]:
+    """What a row holds, for the facts."""
+    if data.format == "chat":
+        return {"format": "chat", "messages_field": data.messages_field}
+    return {"text_field": data.text_field}
+
+
+def _rows(files: list[Path], root: Path, data: Data, skipped: Counter[str]) -> Iterator[Text]:
+    parsed = _parsed if data.source == "jsonl" else _parquet_rows
     for file in files:
         name = file.relative_to(root).as_posix()
-        for number, row in _parsed(file):
+        for number, row in parsed(file):
             where = f"{name}:{number}"
             yield from _row_text(row, data, where, where, skipped)
 
@@ -56,6 +72,23 @@ def _parsed(file: Path) -> Iterator[tuple[int, Any]]:
         ) from None
 
 
+def _parquet_rows(file: Path) -> Iterator[tuple[int, Any]]:
+    """The rows of a file, numbered from 1; damage of any kind is one DataError."""
+    number = 0
+    try:
+        with ParquetFile(file) as table:
+            for batch in table.iter_batches(BATCH_ROWS):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield number, row
+    except (*UNREADABLE, pyarrow.ArrowException) as error:
+        told = (str(error) or type(error).__name__).splitlines()[0]
+        raise DataError(
+            f"data.source=parquet takes Parquet files; {file}, after row {number}: {told}. Repair "
+            "the file, or leave it out of data.path."
+        ) from None
+
+
 def _buffer_shuffled(texts: Iterable[Text], seed: int) -> Iterator[Text]:
     rng = random.Random(seed)
     buffer: list[Text] = []
@@ -72,11 +105,10 @@ def _buffer_shuffled(texts: Iterable[Text], seed: int) -> Iterator[Text]:
 
 def read_hub(data: Data, facts: dict[str, Any], skipped: Counter[str]) -> Iterator[Text]:
     """Rows of a data set on the Hub; the group is as for JSON lines."""
-    facts |= {name: getattr(data, name) for name in ("path", "subset", "split", "text_field")}
+    facts |= {name: getattr(data, name) for name in ("path", "subset", "split")} | _content(data)
     for row in _hub_rows(data, facts):
         # A row has no lasting number in a shuffled stream: its content names it.
-        name = sha256(str(row.get(data.text_field)))[:16]
-        yield from _row_text(row, data, f"{data.path}, split {data.split}", name, skipped)
+        yield from _row_text(row, data, f"{data.path}, split {data.split}", None, skipped)
 
 
 def _hub_rows(data: Data, facts: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -113,17 +145,28 @@ def _unreadable(data: Data, error: Exception) -> DataError:
     )
 
 
-def _row_text(row: Any, data: Data, where: str, name: str, skipped: Counter[str]) -> Iterator[Text]:
+def _row_text(
+    row: Any, data: Data, where: str, name: str | None, skipped: Counter[str]
+) -> Iterator[Text]:
     if not isinstance(row, dict):
         raise DataError(f"{where}: a row is a JSON object with named fields, not {row!r:.60}.")
-    for key in ("text_field", "group_field"):
+    chat = data.format == "chat"
+    for key in ("group_field",) if chat else ("text_field", "group_field"):
         value = getattr(data, key)
         if value is not None and value not in row:
             raise DataError(
                 f"data.{key}={value}: {where} has no such field. Its fields: "
                 f"{', '.join(map(str, row))}. Set `data.{key}` to one of them."
             )
-    text = row[data.text_field]
+    conversation: Conversation | None = None
+    if chat:
+        conversation = read_conversation(row, data.messages_field, where)
+        text, content = (
+            conversation.text(),
+            json.dumps(conversation.messages, ensure_ascii=False, default=str),
+        )
+    else:
+        text = content = row[data.text_field]
     if text is None:
         skipped["empty"] += 1
     elif not isinstance(text, str):
@@ -131,8 +174,9 @@ def _row_text(row: Any, data: Data, where: str, name: str, skipped: Counter[str]
             f"data.text_field={data.text_field} must name a field of text; {where} holds a "
             f"{type(text).__name__} there. Its fields: {', '.join(map(str, row))}."
         )
-    elif not text.isascii() and text.encode("utf-8", "replace").decode() != text:
+    elif not content.isascii() and content.encode("utf-8", "replace").decode() != content:
         skipped["not UTF-8"] += 1  # half of a surrogate pair, which JSON can spell
     else:
+        name = name or sha256(text)[:16]
         group = None if data.group_field is None else row[data.group_field]
-        yield Text(name if group is None else str(group), name, text)
+        yield Text(name if group is None else str(group), name, text, conversation)

@@ -1,12 +1,19 @@
-"""A document of text as a source gives it, and the error of this room."""
+"""A document as a source gives it, and the error of this room."""
 
 import hashlib
+import json
 import re
 from collections import Counter
 from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
 
 from recycle.errors import RecycleError
 
+if TYPE_CHECKING:
+    from .chat import Conversation
+
+IGNORED = -100  # label of a token that nothing is learned from
 TRIVIAL_LINE = 12  # characters; a shorter line (`else:`, `return x`) says nothing about copying
 # Tabs, newlines, form feeds, backspaces and the escapes of terminals are text.
 _CONTROL = re.compile(r"[\x00-\x06\x0e-\x1a\x1c-\x1f\x7f]")
@@ -22,7 +29,9 @@ class Text:
 
     group: str
     name: str
-    text: str
+    text: str  # of a conversation, what is compared with others
+    conversation: "Conversation | None" = None
+    answer: str | None = None  # the right one, where that is known
 
     def __post_init__(self) -> None:
         # File names may be any bytes, and JSON can spell half a surrogate pair; reports cannot.
@@ -45,11 +54,17 @@ class Text:
         """The text but for newlines, indentation, and empty lines at both ends."""
         return "\n".join(line.strip() for line in self.text.splitlines()).strip()
 
+    @cached_property
+    def digest(self) -> str:
+        """Of what `normalised` leaves; equal for copies."""
+        return sha256(self.normalised())
+
     def fingerprint(self) -> str:
-        return f"{self.name} {sha256(self.text)}"
-
-
-Tokenised = tuple[Text, list[int]]
+        chat = self.conversation
+        content = self.text
+        if chat is not None:
+            content = json.dumps((chat.messages, chat.tools, chat.learned), default=str)
+        return f"{self.name} {sha256(content)}"
 
 
 def sha256(text: str) -> str:

@@ -3,10 +3,10 @@
 from typing import Any
 
 import torch
-from peft import PeftModelForCausalLM
-from transformers import GenerationConfig, PreTrainedTokenizerBase, TextStreamer
+from transformers import PreTrainedTokenizerBase, TextStreamer
 
 from recycle.backbone import BackboneError, load_tokenizer
+from recycle.backbone.generation import greedy_decoding
 from recycle.backbone.source import TOKENIZER_FILES
 from recycle.errors import RecycleError
 from recycle.family import Family
@@ -64,33 +64,17 @@ def generate_text(
             f"The prompt and --max-new-tokens come to {ids.shape[1] + max_new_tokens} tokens, and "
             f"the backbone's window is {window}. Shorten one of them."
         )
-    _decode_greedily(model)
     if not chat:
         print(prompt, end="", flush=True)
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     ids = ids.to(model.device)
-    model.generate(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=max_new_tokens,
-        streamer=streamer,
-    )
-
-
-def _decode_greedily(model: PeftModelForCausalLM) -> None:
-    """Leave out of the backbone's generation settings all but its special tokens.
-
-    Others would change what greedy decoding is: beams, sampling, penalties, forced tokens.
-    """
-    causal_lm = model.get_base_model()
-    kept = ("bos_token_id", "eos_token_id", "pad_token_id")
-    tokens = {name: getattr(causal_lm.generation_config, name, None) for name in kept}
-    if tokens["pad_token_id"] is None:  # of one prompt nothing is padded
-        ends = tokens["eos_token_id"]
-        tokens["pad_token_id"] = ends[0] if isinstance(ends, list) else ends
-    model.generation_config = causal_lm.generation_config = GenerationConfig(
-        **tokens, do_sample=False
-    )
+    with greedy_decoding(model):
+        model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=max_new_tokens,
+            streamer=streamer,
+        )
 
 
 def _tokenizer(source: str, backbone: str | None) -> PreTrainedTokenizerBase:

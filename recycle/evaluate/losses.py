@@ -6,16 +6,19 @@ Dimensions: B documents, S tokens of a block, |P| values of P at once.
 from collections.abc import Callable, Sequence
 
 import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from recycle.data import IGNORED, Document
 
+from .diversity import StreamWatch
 from .head import OutputHead
 from .passes import Pass
 
 
 @torch.no_grad()
 def document_losses(
-    head: OutputHead,
+    head: OutputHead | StreamWatch,
     passes: Sequence[Pass],
     documents: Sequence[Document],
     batch_size: int,
@@ -24,9 +27,10 @@ def document_losses(
     """Mean loss of every document's block, in nats per predicted token.
 
     Args:
-        head: Of the PEFT model, which is in eval mode.
+        head: Of the model, which is in eval mode.
         passes: What to evaluate.
-        documents: One block each.
+        documents: One block each, of any length: attention is causal, so that shorter ones can be
+            padded on the right.
         batch_size: Documents in a pass.
         advance: Called with the stream-tokens done.
 
@@ -38,11 +42,16 @@ def document_losses(
     for active, names in passes:
         for start in range(0, len(documents), batch_size):
             batch = documents[start : start + batch_size]
-            ids = torch.tensor([document.input_ids for document in batch], device=device)
-            labels = torch.tensor([document.labels for document in batch], device=device)
+            ids = _padded([document.input_ids for document in batch], 0).to(device)
+            labels = _padded([document.labels for document in batch], IGNORED).to(device)
             log_probs = head.log_probs(active, ids, labels)  # [|P|, B, S - 1]
             means = -log_probs.sum(dim=-1) / (labels[:, 1:] != IGNORED).sum(dim=-1)
             for name, row in zip(names, means.tolist(), strict=True):
                 losses[name] += row
-            advance(ids.numel() * (1 if active is None else active.num_streams))
+            tokens = sum(len(document.input_ids) for document in batch)
+            advance(tokens * (1 if active is None else active.num_streams))
     return losses
+
+
+def _padded(rows: list[list[int]], fill: int) -> Tensor:
+    return pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=fill)

@@ -2,10 +2,12 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
 
 import torch
-from peft import PeftModelForCausalLM
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from recycle.data import Document
 from recycle.errors import RecycleError
@@ -14,9 +16,11 @@ from recycle.progress import Silent
 from recycle.recipe import Evaluation
 from recycle.results import Measurement, Speed
 
+from .answers import Question, answers_right
+from .diversity import StreamWatch
 from .head import OutputHead
 from .losses import document_losses
-from .passes import passes_of, rows_of
+from .passes import Pass, rows_of
 from .speed import REPEATS, kv_bytes_per_token, speeds
 
 
@@ -25,36 +29,50 @@ class EvaluationError(RecycleError):
 
 
 def measure(
-    model: PeftModelForCausalLM,
+    model: Any,
+    passes: Sequence[Pass],
     documents: Sequence[Document],
     settings: Evaluation,
-    trained_at: Mapping[str, float | None],
+    tokenizer: PreTrainedTokenizerBase,
     progress: Silent,
+    parameters: Mapping[str, int] = MappingProxyType({}),
 ) -> list[Measurement]:
-    """Test losses, speed and sizes of the backbone, the control and each P, as in the table.
+    """Test losses, streams, speed and sizes of the models that a model can be.
 
     Args:
-        model: A PEFT model with the adapters of a family.
+        model: A causal LM, or a PEFT model with the adapters of a family.
+        passes: Its models, as rows of the table.
         documents: The test documents.
         settings: Batch size, and whether and how speed is measured.
-        trained_at: Text tokens per second in the training of each adapter, by its name.
+        tokenizer: The backbone's; documents that ask something are answered with it.
         progress: Shows how far it is.
+        parameters: Parameters that a row adds to the backbone, where it is not a family's adapter.
 
     Raises:
         EvaluationError: A loss is not finite.
     """
     model.eval()
-    passes = passes_of(model)
     rows = rows_of(passes)
     streams = sum(active.num_streams if active else 1 for active, _ in passes)
     progress.start("test loss", streams * sum(len(document.input_ids) for document in documents))
     with OutputHead(model) as head:
-        losses = document_losses(head, passes, documents, settings.batch_size, progress.advance)
+        watch = StreamWatch(head)
+        losses = document_losses(watch, passes, documents, settings.batch_size, progress.advance)
     if broken := [name for name, each in losses.items() if not all(map(math.isfinite, each))]:
         raise EvaluationError(
             f"The test loss of {', '.join(broken)} is not finite, with the backbone in "
             f"{str(model.dtype).removeprefix('torch.')}. {range_advice(model)}".rstrip()
         )
+    asked = [
+        Question(x.prompt_ids, x.answer)
+        for x in documents
+        if x.prompt_ids is not None and x.answer is not None
+    ]
+    right: dict[str, list[bool]] = {}
+    if asked:
+        progress.start("answers", len(rows) * len(asked))
+        size = settings.batch_size
+        right = answers_right(model, tokenizer, rows, asked, size, advance=progress.advance)
     measured: dict[str, Speed] = {}
     if settings.speed:
         progress.start("speed", len(rows) * (REPEATS + 1))
@@ -63,16 +81,18 @@ def measure(
     kv_bytes = kv_bytes_per_token(model, rows)
     measurements = []
     for name, active in rows.items():
-        speed = {"train_tokens_per_second": trained_at.get(active.adapter) if active else None}
         state = member_state(model, active.adapter, active.num_streams) if active else {}
+        added = sum(tensor.numel() for tensor in state.values())
         measurements.append(
             Measurement(
                 name=name,
                 num_streams=active.num_streams if active else 1,
                 losses=tuple(losses[name]),
-                adapter_parameters=sum(tensor.numel() for tensor in state.values()),
+                adapter_parameters=parameters.get(name, added),
                 kv_bytes_per_token=kv_bytes[name],
-                speed=measured.get(name, Speed()).model_copy(update=speed),
+                right=tuple(right[name]) if asked else None,
+                streams=watch.use(active),
+                speed=measured.get(name, Speed()),
             )
         )
     return measurements

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from torch import nn
 
+from recycle import results
 from recycle.parscale import ActiveStreams, streams_of
 
 
@@ -17,21 +18,17 @@ class Pass(NamedTuple):
     """Of the rows in the table, one for each P."""
 
 
-BACKBONE = Pass(None, ["backbone"])
-
-
-def passes_of(model: nn.Module, adapter: str | None = None) -> list[Pass]:
-    """The backbone, one-stream adapters such as the control, and each P, in the table's order.
+def passes_of(model: nn.Module, alone: str = results.BACKBONE) -> list[Pass]:
+    """The model without streams, the control, and each P, in the table's order.
 
     Args:
         model: A model with ParScale adapters.
-        adapter: Only this adapter.
+        alone: What its row without streams is called.
     """
     served = streams_of(model).selection.p_values
-    return [BACKBONE] * (adapter is None) + [
+    return [Pass(None, [alone])] + [
         Pass(ActiveStreams(name, p[-1], tuple(p)), [name if x == 1 else f"P = {x}" for x in p])
         for p, name in sorted((p_values, name) for name, p_values in served.items())
-        if adapter in (None, name)
     ]
 
 

@@ -5,4 +5,4 @@ written), `adapters.py` (on a backbone in memory), `switch.py` (which P is in us
 can be had without torch, so the others are imported by their own names.
 """
 
-from .record import CONTROL, NESTED, Family, FamilyError
+from .record import ADAPTED, CONTROL, NESTED, Family, FamilyError

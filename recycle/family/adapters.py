@@ -5,6 +5,7 @@ each P. How it lies on disk is in `folder.py` and `record.py`, how P is chosen i
 """
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,14 @@ from transformers import PreTrainedModel
 
 from recycle.backbone import BackboneError, load_model
 from recycle.backbone.fingerprint import Fingerprint, differences, fingerprint_files
+from recycle.backbone.lora import put_lora
+from recycle.backbone.sample import take_sample
 from recycle.backbone.source import ANYONE, Access, SourceFiles, source_files
 from recycle.disk import expand, file_sha256
 from recycle.parscale import ParScaleConfig, cut_state, streams_of
 
-from .folder import BACKBONE, Member, find_folder, read_members, write_adapter
-from .record import CONFIG, CONTROL, NESTED, WEIGHTS, Family, FamilyError
+from .folder import Member, find_folder, find_lora, own_backbone, read_members, write_adapter
+from .record import ADAPTED, CONFIG, CONTROL, NESTED, WEIGHTS, Family, FamilyError
 from .switch import set_p
 
 ACCESS = tuple(Access.__annotations__)
@@ -39,7 +42,8 @@ def load(
 
     Args:
         source: A run folder, the folder of one adapter, or the Hub id of either.
-        p: Streams in use first; the largest where not given. 1 is the untouched backbone.
+        p: Streams in use first; the largest where not given. 1 is the model that the streams were
+            put on: the backbone, with its weights adapted where the run did that.
         backbone: Where the backbone lies now, if not where the adapters recorded it: folder or Hub
             id.
         revision: Revision of `source` on the Hub.
@@ -76,7 +80,9 @@ def load(
     dtype = next((each for each in given if each not in (None, "auto")), config.backbone_dtype)
     unquantised = "quantization_config" in backbone_options
     quantization = None if unquantised else config.backbone_quantization
-    peft_model = attach(load_model(files, dtype, quantization, **backbone_options), members, folder)
+    lora = find_lora(folder, config)
+    model = load_model(files, dtype, quantization, **backbone_options)
+    peft_model = attach(model if lora is None else put_lora(model, lora), members, folder)
     if p is not None or family.p_values:
         set_p(peft_model, max(family.offered) if p is None else p)
     return peft_model
@@ -105,8 +111,8 @@ def find_backbone(
     if backbone is not None:
         same = str(backbone) == location and not expand(backbone).is_dir()
         location, revision = str(backbone), revision if same else None
-    elif (folder / BACKBONE).is_dir():  # imported with it; the folder may have moved since
-        location, revision = str(folder / BACKBONE), None
+    elif own := own_backbone(folder, location):
+        location, revision = str(own), None
     name = "with --backbone on the command line, or recycle.load(..., backbone=...)"
     if not location:
         raise FamilyError(f"{source} does not record its backbone. Name where it lies {name}.")
@@ -169,22 +175,33 @@ def member_state(model: PeftModelForCausalLM, adapter: str, p: int) -> dict[str,
     return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
 
 
-def save_family(model: PeftModelForCausalLM, folder: Path, backbone: Fingerprint) -> Family:
+def save_family(
+    model: PeftModelForCausalLM,
+    folder: Path,
+    backbone: Fingerprint,
+    before: Mapping[str, Tensor] | None = None,
+) -> Family:
     """Write every adapter of the model below `folder` and `family.json`, which makes it a family.
 
     Args:
         model: A PEFT model with the adapter "nested", or one adapter for each P, and perhaps
             "control".
-        folder: An existing folder.
+        folder: An existing folder; a LoRA that was put on the backbone lies in its `adapted/`.
         backbone: Fingerprint of the source that the backbone was loaded from.
+        before: What `recycle.backbone.sample.watch` gave of the backbone before it was adapted.
     """
     sha256 = {}
+    lora = folder / ADAPTED / WEIGHTS
+    if lora.is_file():
+        sha256[f"{ADAPTED}/{WEIGHTS}"] = file_sha256(lora)
     p_values: list[int] = []
     configs = streams_of(model).selection.configs
     shared: dict[str, Any] = {
         "fingerprint": backbone.to_dict(),
         "base_model_name_or_path": backbone.id,
         "revision": backbone.revision,
+        "adapter_sha256": sha256.get(f"{ADAPTED}/{WEIGHTS}"),
+        "weights": take_sample(model.get_base_model(), before),
         "inference_mode": True,
     }
     for adapter, config in configs.items():

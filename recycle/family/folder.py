@@ -12,10 +12,12 @@ from torch import Tensor
 
 from recycle.backbone.errors import BackboneError
 from recycle.backbone.source import ANYONE, TOKENIZER_FILES, Access, fetched
+from recycle.backbone.source import CONFIG as MODEL_CONFIG
 from recycle.disk import file_sha256, write_atomically
 from recycle.parscale import ParScaleConfig, nest_states
 
 from .record import (
+    ADAPTED,
     CONFIG,
     CONTROL,
     FAMILY_FILE,
@@ -25,9 +27,10 @@ from .record import (
     FamilyError,
     check_source,
     refuse_other_methods,
+    run_folders,
 )
 
-BACKBONE = "backbone"  # folder of an imported adapter that brings its own
+BACKBONE = "backbone"  # folder of a model whose weights learned together with the streams
 
 
 class Member(NamedTuple):
@@ -81,7 +84,7 @@ def read_members(folder: Path, family: Family) -> list[Member]:
 
 def _check_agreement(members: list[Member], folder: Path) -> None:
     """Refuse adapters of several backbones; where it lies now, each may say in its own way."""
-    for field in ("backbone_dtype", "backbone_quantization", "fingerprint"):
+    for field in ("backbone_dtype", "backbone_quantization", "fingerprint", "adapter_sha256"):
         recorded = {str(getattr(member.config, field)) for member in members}
         if len(recorded) > 1:
             raise FamilyError(
@@ -96,6 +99,41 @@ def _nest(members: list[Member], family: Family) -> list[Member]:
     state = nest_states({p: states[p] for p in family.p_values})
     nested = Member(NESTED, replace(members[0].config, p_values=list(family.p_values)), state)
     return [nested, *(member for member in members if member.name == CONTROL)]
+
+
+def find_lora(folder: Path, config: ParScaleConfig) -> Path | None:
+    """The folder of the LoRA that a family, or one adapter of it, stands on; None if on none.
+
+    Raises:
+        FamilyError: It is missing or damaged.
+    """
+    if config.adapter_sha256 is None:
+        return None
+    places = [place / ADAPTED for place in run_folders(folder)]
+    found = next((place for place in places if (place / WEIGHTS).is_file()), None)
+    if found is None or not (found / CONFIG).is_file():
+        raise FamilyError(
+            f"{folder} stands on a LoRA that was merged into the backbone first, and there is no "
+            f"{places[0]} with its {CONFIG} and {WEIGHTS}. Copy the whole run folder again."
+        )
+    if file_sha256(found / WEIGHTS) != config.adapter_sha256:
+        raise FamilyError(
+            f"{found / WEIGHTS} is not the LoRA that the streams in {folder} were trained on (its "
+            "SHA-256 differs): it is damaged, or of another run. Copy the whole run folder again."
+        )
+    return found
+
+
+def own_backbone(folder: Path, recorded: str | None) -> Path | None:
+    """The model in a family's folder that it stands on; the folder may have moved since.
+
+    Args:
+        folder: Of the family, or of one adapter of it.
+        recorded: Where the backbone lay.
+    """
+    name = Path(recorded or "").name
+    places = (place / name for place in run_folders(folder) if name in (BACKBONE, ADAPTED))
+    return next((place for place in places if (place / MODEL_CONFIG).is_file()), None)
 
 
 def _read_config(folder: Path) -> ParScaleConfig:

@@ -1,7 +1,8 @@
 """What a family's folder says of itself: `family.json`, or one adapter's config.
 
-A run folder holds `p2/`, `p4/`, …, perhaps `control/`, each a plain PEFT adapter that stands on its
-own, and `family.json` with what they share. It has no path in it, since run folders are published;
+A run folder holds `p2/`, `p4/`, …, perhaps `control/`, each a plain PEFT adapter, `adapted/` (a
+plain LoRA or a whole model) where a first stage adapted the weights that they stand on, and
+`family.json` with what they share. It has no path in it, since run folders are published;
 where the backbone lies is in each adapter's own `adapter_config.json`, where PEFT looks for it.
 
 This file imports nothing heavy, so that a wrong folder or P is told at once.
@@ -19,6 +20,7 @@ FAMILY_FILE = "family.json"
 FAMILY_VERSION = 2
 NESTED = "nested"
 CONTROL = "control"
+ADAPTED = "adapted"  # folder of the weights that the streams stand on, in a run's folder
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 
@@ -40,7 +42,7 @@ class Family:
 
     @property
     def offered(self) -> list[int]:
-        """The P that it can run with; 1 is the backbone."""
+        """The P that it can run with; 1 is the model that the streams stand on."""
         return ([] if self.backbone_trained else [1]) + self.p_values
 
     @staticmethod
@@ -78,8 +80,13 @@ class Family:
         if p is not None and (type(p) is not int or p not in self.offered):
             raise FamilyError(f"{source} offers P = {listed(self.offered)}, got p={p!r}.")
 
-    def exported_p(self, p: int | None, source: str) -> int:
-        """Which P a checkpoint of upstream's is made of: `p`, or else the largest.
+    def exported_p(self, p: int | None, source: str, folder: Path) -> int:
+        """Which P a checkpoint is made of: `p`, or else the largest.
+
+        Args:
+            p: As asked for.
+            source: What the family is called in errors.
+            folder: Where it lies.
 
         Raises:
             FamilyError: Upstream's format does not know it, or the family does not offer it.
@@ -89,14 +96,21 @@ class Family:
                 f"{source} is a control, one stream with a prefix, and upstream's format knows no "
                 "prefix where parscale_n = 1. Export an adapter of two or more streams."
             )
-        if p == 1:
+        adapted = any((place / ADAPTED).is_dir() for place in run_folders(folder))
+        exported = ([1] if adapted and not self.backbone_trained else []) + self.p_values
+        if p == 1 and p not in exported:
             raise FamilyError(
                 "P = 1 is the untouched backbone, and there is nothing to add to it; "
-                f"{source} exports with P = {listed(self.p_values)}."
+                f"{source} exports with P = {listed(exported)}."
             )
-        if p is not None and p not in self.p_values:
-            raise FamilyError(f"{source} exports with P = {listed(self.p_values)}, got {p}.")
+        if p is not None and p not in exported:
+            raise FamilyError(f"{source} exports with P = {listed(exported)}, got {p}.")
         return max(self.p_values) if p is None else p
+
+
+def run_folders(folder: Path) -> list[Path]:
+    """Where the weights that a family stands on may lie: in it or, for one adapter, above it."""
+    return [folder] if (folder / FAMILY_FILE).is_file() else [folder, folder.parent]
 
 
 def listed(offered: Sequence[int]) -> str:

@@ -19,6 +19,12 @@ class ActiveStreams:
     adapter: str
     num_streams: int
     p_values: tuple[int, ...]  # one: the P in use; several: all at once, in nested training
+    apart: bool = False  # whether each stream's own final hidden states follow the merged ones
+
+    @property
+    def num_outputs(self) -> int:
+        """How many texts the decoder gives for each that goes in."""
+        return len(self.p_values) + self.apart * self.num_streams
 
 
 class Selection:

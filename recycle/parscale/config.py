@@ -34,6 +34,8 @@ class ParScaleConfig(PeftConfig):
         backbone_dtype: Number format that the backbone computed in when the adapter was trained.
         backbone_quantization: `"nf4"` or `"int8"` where its weights were quantised then.
         fingerprint: What identifies the backbone, see `recycle.backbone.fingerprint`.
+        adapter_sha256: Of the LoRA's weights that the backbone was adapted with before.
+        weights: A sample of the weights that the streams stand on, see `recycle.backbone.sample`.
     """
 
     task_type: str | None = "CAUSAL_LM"  # the only one there is
@@ -50,6 +52,8 @@ class ParScaleConfig(PeftConfig):
     backbone_dtype: str | None = None
     backbone_quantization: str | None = None
     fingerprint: dict[str, Any] | None = None
+    adapter_sha256: str | None = None
+    weights: dict[str, dict[str, list[Any]]] | None = None
     # PEFT reads this field of every method; streams are placed by `attention_shapes`.
     target_modules = None
 

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from recycle.backbone.quantization import keep_gradients_of_4bit_layers
+from recycle.backbone.sample import fits
 
 from .active import Selection
 from .config import ParScaleConfig
@@ -90,6 +91,9 @@ class ParScaleModel(BaseTuner):
                 "streams. Pass them, for example from recycle.parscale.start_token_ids(tokenizer, "
                 "texts, num_virtual_tokens), or choose init='random'."
             )
+        lora, dtype = config.adapter_sha256 is not None, config.backbone_dtype
+        if config.weights is not None and not fits(model, config.weights, dtype, lora):
+            raise _other_weights(config)
         keep_gradients_of_4bit_layers(model)
         locate_attention(model, config)
         # All that can be refused is refused before the model is changed.
@@ -111,6 +115,12 @@ class ParScaleModel(BaseTuner):
         if isinstance(adapter_name, str):
             self.selection.disabled = False
 
+    def _enable_adapter_layers(self, enabled: bool = True) -> None:
+        """Switch streams alone: a LoRA beside quantised weights is part of what they stand on."""
+        for module in self.model.modules():
+            if isinstance(module, StreamLayer):
+                module.enable_adapters(enabled)
+
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         refuse_adapter_names(kwargs)
@@ -129,3 +139,18 @@ class ParScaleModel(BaseTuner):
         if hasattr(self.model, "peft_config"):
             del self.model.peft_config
         return self.model
+
+
+def _other_weights(config: ParScaleConfig) -> ParScaleError:
+    """How to get the weights that an adapter was trained on."""
+    lines = ['model = AutoModelForCausalLM.from_pretrained("BACKBONE")']
+    if config.adapter_sha256 is not None:
+        end = "get_base_model()" if config.backbone_quantization else "merge_and_unload()"
+        lines = [f'model = PeftModel.from_pretrained(model, "RUN/adapted").{end}']
+    lines.append(f'model = PeftModel.from_pretrained(model, "RUN/p{config.num_streams}")')
+    listed = "\n    ".join(["", *lines, ""])
+    return ParScaleError(
+        "These streams were trained on other weights than this model has. recycle.load(RUN) loads "
+        f"the right ones, where RUN is the run's folder; with plain PEFT it takes{listed}"
+        "(BACKBONE is the base model that the adapter's config names)."
+    )

@@ -201,8 +201,9 @@ class DecoderStreams(nn.Module, StreamLayer):
             return None
         hidden = output[0].unflatten(0, (-1, active.num_streams))  # [B, P, S, D]
         aggregator = self.parscale_aggregator[active.adapter]
-        # Several P are stacked along the batch: [|P|*B, S, D], the first P first.
-        merged = torch.cat([aggregator(hidden[:, :p]) for p in active.p_values])
+        # Several are stacked along the batch: [|P|*B, S, D], the first P first; then each stream.
+        parts = [aggregator(hidden[:, :p]) for p in active.p_values]
+        merged = torch.cat([*parts, *hidden.unbind(1)] if active.apart else parts)
         if isinstance(output, tuple):
             last = output[0]
             return tuple(_outside(part, last, merged) for part in output)
@@ -288,7 +289,11 @@ def streams_of(model: nn.Module) -> DecoderStreams:
 def choose_streams(model: nn.Module, active: ActiveStreams | None) -> Iterator[None]:
     """Run these streams (None: the backbone) through a model, whatever it is set to.
 
-    It holds inside the `with` block and in this thread only. Blocks of one thread nest.
+    It holds inside the `with` block and in this thread only. Blocks of one thread nest. A model
+    without any ParScale adapter is its backbone.
     """
+    if active is None and not isinstance(model, DecoderStreams) and find_streams(model) is None:
+        yield
+        return
     with choose(streams_of(model).selection, active):
         yield

@@ -3,13 +3,89 @@
 import hashlib
 import json
 import os
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 from recycle.disk import expand
 
-from .schema import MAPPINGS, Recipe, flatten
+from .fields import MAPPINGS, flatten
+from .schema import Data, Recipe, Training
 
 OUTSIDE_IDENTITY = ("launch", "output", "logging")
+ADAPT_SHARE = 0.8  # of the budget
+StageName = Literal["adapt", "streams"]
+# Learning rates that were best at REFERENCE tokens in a step (scripts/measured/README.md). Those of
+# prefixes grow with the fourth root of the tokens: at 64 times as many, 3e-2 was best.
+REFERENCE = 256
+RATES = {"prefix": 1e-2, "control": 1e-2, "lora": 1e-3, "aggregator": 1e-3, "full": 2e-5}
+SCALED = ("prefix", "control")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What one stage does: its own values, and for the rest what both stages take."""
+
+    name: StageName
+    training: Training
+    data: Data
+    rates: dict[str, float]
+    """By what learns: "lora" or "full"; "prefix", "control", "aggregator" and, with all weights,
+    "full"."""
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps that meet the token budget to within one; none for no budget."""
+        assert self.training.tokens is not None
+        return max(self.training.tokens // self.tokens_per_step, int(self.training.tokens > 0))
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.training.batch_size * self.data.block_size
+
+    @property
+    def blocks(self) -> int:
+        """Blocks that it learns from."""
+        return self.steps * self.training.batch_size
+
+
+def stages(recipe: Recipe) -> tuple[Stage, ...]:
+    """The stages of a recipe in their order; a first stage that trains nothing is left out."""
+    names: tuple[StageName, ...] = ("adapt", "streams")
+    return tuple(_stage(recipe, x) for x in names[recipe.stages.adapt.train == "none" :])
+
+
+def _stage(recipe: Recipe, name: StageName) -> Stage:
+    own = getattr(recipe.stages, name)
+    fields = {x: v for x in Training.model_fields if (v := getattr(own, x, None)) is not None}
+    training = recipe.training.model_copy(update=fields | {"tokens": stage_tokens(recipe)[name]})
+    data = own.data or recipe.data
+    if name == "adapt":
+        given = {own.train: own.learning_rate}
+    else:
+        given = {
+            "prefix": own.prefix_learning_rate,
+            "control": own.control_learning_rate,
+            "aggregator": own.aggregator_learning_rate,
+        }
+        given |= {"full": own.weights_learning_rate} if own.train == "all" else {}
+    growth = (training.batch_size * data.block_size / REFERENCE) ** 0.25
+    rates = {
+        x: RATES[x] * (growth if x in SCALED else 1) if rate is None else rate
+        for x, rate in given.items()
+    }
+    return Stage(name, training, data, rates)
+
+
+def stage_tokens(recipe: Recipe) -> dict[StageName, int]:
+    """Text tokens of each stage: what it says itself, and else its part of the budget."""
+    total = recipe.training.tokens or 0
+    adapt, streams = recipe.stages.adapt.tokens, recipe.stages.streams.tokens
+    if recipe.stages.adapt.train == "none":
+        adapt = 0
+    if adapt is None:
+        adapt = round(ADAPT_SHARE * total) if streams is None else total - streams
+    return {"adapt": adapt, "streams": total - adapt if streams is None else streams}
 
 
 def identity(recipe: Recipe) -> str:
@@ -31,12 +107,6 @@ def differing_keys(a: Recipe, b: Recipe) -> list[str]:
     ]
 
 
-def training_steps(recipe: Recipe) -> int:
-    """Optimiser steps that meet the token budget to within one; none for no budget."""
-    per_step = recipe.training.batch_size * recipe.data.block_size
-    return max(recipe.training.tokens // per_step, int(recipe.training.tokens > 0))
-
-
 def run_folder(recipe: Recipe) -> Path:
     """Where a recipe's run lies."""
     return expand(recipe.output.dir or Path("runs") / recipe.name)
@@ -53,16 +123,25 @@ def next_free_folder(folder: Path) -> Path:
 
 def notes(recipe: Recipe) -> dict[str, str]:
     """What becomes of values that a run changes or fills in, by dotted key."""
-    steps, batch, block = training_steps(recipe), recipe.training.batch_size, recipe.data.block_size
-    tokens = steps * batch * block
     found = {}
     if recipe.output.dir is None:
         found["output.dir"] = f"becomes {run_folder(recipe)}"
-    if tokens != recipe.training.tokens:
-        found["training.tokens"] = (
-            f"becomes {tokens:,}: {steps:,} step{'s' * (steps != 1)} of {batch} "
-            f"block{'s' * (batch != 1)} of {block} tokens"
-        )
+    for stage in stages(recipe):
+        batch, tokens = stage.training.batch_size, stage.steps * stage.tokens_per_step
+        own: Any = getattr(recipe.stages, stage.name)
+        derived = own.tokens is None and recipe.stages.adapt.train == "none"
+        field = "training.tokens" if derived else f"stages.{stage.name}.tokens"
+        if tokens != stage.training.tokens or (own.tokens is None and not derived):
+            found[field] = (
+                f"becomes {tokens:,}: {stage.steps:,} step{'s' * (stage.steps != 1)} of {batch} "
+                f"block{'s' * (batch != 1)} of {stage.data.block_size} tokens"
+            )
+        for kind, rate in stage.rates.items():
+            field = "learning_rate" if stage.name == "adapt" else f"{kind}_learning_rate"
+            field = field.replace("full_", "weights_")
+            if getattr(own, field) is None:
+                at = f" at {stage.tokens_per_step:,} tokens a step" * (kind in SCALED)
+                found[f"stages.{stage.name}.{field}"] = f"becomes {rate:.3g}{at}"
     if recipe.backbone.dtype == "auto":
         found["backbone.dtype"] = "becomes bfloat16 where this machine computes in it, else float32"
     if recipe.launch.device == "auto":

@@ -15,7 +15,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
-from .schema import FIELDS, MAPPINGS, SECTIONS
+from .fields import FIELDS, MAPPINGS, SECTIONS, pattern
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 # In an installed package recipes lie inside it, in a checkout beside it.
@@ -50,7 +50,7 @@ def is_whole(folder: str, name: str, section: str) -> bool:
     """Whether a shipped fragment fills its section; one that does not is laid over another."""
     settings, _ = parse(SHIPPED / folder / f"{name}.yaml")
     fields = {key: info for key, info in FIELDS.items() if key.startswith(f"{section}.")}
-    required = {key for key, info in fields.items() if info.is_required()}
+    required = {key for key, info in fields.items() if info.is_required() and "*" not in key}
     return required <= {setting.key for setting in settings or ()}
 
 
@@ -126,7 +126,7 @@ def _settings(node: MappingNode, prefix: str, shown: str, problems: list[str]) -
             problems.append(f"{origin}: {key}: a key in a file holds no dot; {nest}")
         elif refused := [*_refused(key_node, key), *_refused(value, key)]:
             problems += [f"{shown}:{problem}" for problem in refused]
-        elif isinstance(value, MappingNode) and key in (*SECTIONS, *MAPPINGS):
+        elif isinstance(value, MappingNode) and pattern(key) in (*SECTIONS, *MAPPINGS):
             yield from _settings(value, f"{key}.", shown, problems)
         else:
             items = value.value if isinstance(value, SequenceNode) else ()

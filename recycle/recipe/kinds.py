@@ -103,7 +103,8 @@ Count = Annotated[Whole, Field(ge=1)]  # how many, at least one
 Seed = Annotated[Whole, Field(ge=0, lt=2**32)]
 Rate = Annotated[Real, Field(gt=0)]
 AtLeastTwo = Annotated[Whole, Field(ge=2)]
-Packages = Annotated[tuple[Text, ...], BeforeValidator(_listed), Field(min_length=1)]
+Names = Annotated[tuple[Text, ...], BeforeValidator(_listed), Field(min_length=1)]
+Compared = Annotated[tuple[Literal["lora"], ...], BeforeValidator(_listed)]
 Quantization = Annotated[Literal["int8", "nf4", None], BeforeValidator(_none)]
 Name = Annotated[
     Place,

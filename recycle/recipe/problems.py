@@ -14,9 +14,12 @@ from recycle.disk import expand
 from recycle.errors import RecycleError
 
 from . import files
-from .schema import FIELDS, SECTIONS
+from .fields import FIELDS, SECTIONS, pattern
 
-FRAGMENTS = {"backbone": "models", "data": "data", "training": "training"}  # section -> folder
+# Section -> folder of the fragments that fill it.
+FRAGMENTS = {"backbone": "models", "data": "data", "training": "training"} | {
+    section: "data" for section in SECTIONS if section.endswith((".data", ".mix.*"))
+}
 TEXT_FILE = re.compile(r"\.(jsonl?|txt|md|gz)$")
 
 
@@ -66,15 +69,17 @@ def choices_hint(word: str, choices: Sequence[str]) -> str:
 
 def section_hint(section: str) -> str:
     """What to write for a section."""
-    keys = ", ".join(key for key in FIELDS if key.startswith(f"{section}."))
-    return f"set {keys}{fragment_hint(section)}"
+    inside = (key for key in FIELDS if key.startswith(f"{pattern(section)}.") and "*" not in key)
+    return f"set {', '.join(inside)}{fragment_hint(section)}"
 
 
 def fragment_hint(section: str) -> str:
     """The fragments that fill a section on their own, where there are any."""
-    if section not in FRAGMENTS:
+    folder = FRAGMENTS.get(pattern(section))
+    if folder is None:
         return ""
-    folder = FRAGMENTS[section]
+    if "." in section:
+        return f"; or name a fragment, {section}: {' | '.join(files.shipped(folder))}"
     whole = [name for name in files.shipped(folder) if files.is_whole(folder, name, section)]
     names = ", ".join(f"{folder}/{name}" for name in whole)
     return f"; or include one of {names} (on the command line {section}=NAME)"
@@ -82,7 +87,7 @@ def fragment_hint(section: str) -> str:
 
 def path_hint(section: str, value: files.Raw, in_file: bool) -> str:
     """What to write where a path, a Hub id or a number stands for a section; else nothing."""
-    if section not in FRAGMENTS or not isinstance(value, str) or not value:
+    if pattern(section) not in FRAGMENTS or not isinstance(value, str) or not value:
         return ""
     is_path = "/" in value or TEXT_FILE.search(value) or value.endswith(".gguf")
     is_path = is_path or glob.has_magic(value) or os.path.lexists(expand(value))
@@ -110,14 +115,14 @@ def path_problem(kind: str, value: str) -> str:
             "hub takes the id of a data set on the Hub, and this is here on disk; "
             "set data.source=files or data.source=jsonl, or run in another folder"
         )
-    if kind == "jsonl" and is_folder:
-        pattern = f"data.path='{value.rstrip('/')}/*.jsonl'"
-        return f"jsonl reads a file or a glob; the files of this folder are {pattern}"
+    if kind in ("jsonl", "parquet") and is_folder:
+        inside = f"data.path='{value.rstrip('/')}/*.{kind}'"
+        return f"{kind} reads a file or a glob; the files of this folder are {inside}"
     if kind == "model" and is_folder and not os.path.isfile(path / "config.json"):
         return "the folder holds no config.json, so it is no model"
     # On the Hub a model is `name` or `owner/name`, and one inside a package has a :// in it.
     local = value.startswith((".", "~", os.sep)) or (value.count("/") > 1 and "://" not in value)
-    elsewhere = not local if kind == "model" else kind not in ("files", "jsonl")
+    elsewhere = not local if kind == "model" else kind not in ("files", "jsonl", "parquet")
     matches = glob.iglob(str(path), recursive=True) if glob.has_magic(value) else ()
     there = elsewhere or os.path.exists(path) or any(matches)
     return "" if there else f"there is no such file or folder (looked from {Path.cwd()})"
@@ -125,12 +130,12 @@ def path_problem(kind: str, value: str) -> str:
 
 def key_hint(key: str) -> str:
     """The nearest valid key and the keys that are valid at its place."""
-    parent, _, last = key.rpartition(".")
+    parent, _, last = pattern(key).rpartition(".")
     known = [*FIELDS, *SECTIONS]
     siblings = [name for name in known if name.rpartition(".")[0] == parent]
-    elsewhere = [name for name in known if name.rpartition(".")[2] == last]
-    if elsewhere:
-        guess = " or ".join(elsewhere)
+    elsewhere = [name for name in known if name.rpartition(".")[2] == last and "*" not in name]
+    if elsewhere:  # the plain section before a stage's own
+        guess = " or ".join([x for x in elsewhere if "stages." not in x] or elsewhere)
     elif siblings:
         close = nearest(last, [name.rpartition(".")[2] for name in siblings])
         guess = f"{parent}.{close}".lstrip(".") if close else ""

@@ -5,21 +5,27 @@ problems of all files and of the command line are collected and raised together.
 """
 
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any
 
 from pydantic import TypeAdapter, ValidationError
+from pydantic.fields import FieldInfo
+
+from recycle.disk import expand
 
 from . import files, problems
+from .fields import FIELDS, MAPPINGS, OPTIONAL, SECTIONS, flatten, nest, pattern
 from .files import Raw, Setting
 from .problems import FRAGMENTS, RecipeError, shorten
-from .schema import FIELDS, MAPPINGS, SECTIONS, Recipe, contradictions, flatten
+from .rules import contradictions
+from .schema import Recipe
 from .target import choose
 
 COMMAND_LINE = "command line"
+RUN_FOLDER = "run folder"
 DEFAULT = "default"
 
 
@@ -38,11 +44,12 @@ def resolve(target: str, overrides: Sequence[str] = ()) -> Resolved:
 
     Args:
         target: a path (ends in .yaml or .yml, or has a `/`, exists and is no .jsonl), else the name
-            of a shipped recipe, else a bare model (local folder with a config.json, `package://`
-            file or Hub id), which gets the shipped recipe `default` with itself as the backbone.
-        overrides: `data=NAME`, `backbone=NAME` and `training=NAME` replace that section by a
-            fragment, or lay one over it that does not fill it (`backbone=4bit`), and come first;
-            `key.sub=value` sets a field of the schema.
+            of a shipped recipe, a run folder, or else a bare model (local folder with a
+            config.json, `package://` file or Hub id), which gets the shipped recipe `default` with
+            itself as the backbone.
+        overrides: `data=NAME`, `backbone=NAME`, `training=NAME` and `stages.STAGE.data=NAME`
+            replace that section by a fragment, or lay one over it that does not fill it
+            (`backbone=4bit`), and come first; `key.sub=value` sets a field of the schema.
 
     Raises:
         RecipeError: with everything that is wrong, each with its place.
@@ -51,6 +58,8 @@ def resolve(target: str, overrides: Sequence[str] = ()) -> Resolved:
     draft = _Draft()
     draft.include(recipe_path)
     name = recipe_path.stem
+    if recipe_path.parent == expand(target):  # a run folder, which may have moved
+        draft.set(Setting("output.dir", str(recipe_path.parent.absolute()), RUN_FOLDER))
     if model is not None:
         draft.drop("backbone")
         draft.set(Setting("backbone.id", model, COMMAND_LINE))
@@ -76,8 +85,14 @@ class _Draft:
         self.seen: set[Path] = set()
         self.unread = False  # a file could not be parsed, so that keys may be missing for that
 
-    def include(self, path: Path, chain: tuple[Path, ...] = ()) -> None:
-        """Merge a file after all that it includes, each file once, at its first place."""
+    def include(self, path: Path, chain: tuple[Path, ...] = (), into: str = "") -> None:
+        """Merge a file after all that it includes, each file once, at its first place.
+
+        Args:
+            path: The file.
+            chain: The files that include it.
+            into: Where the keys of its section `data` go, if not there.
+        """
         resolved = path.resolve()
         if resolved in self.seen:
             return
@@ -88,8 +103,10 @@ class _Draft:
         for setting in sorted(settings or (), key=lambda setting: setting.key != "include"):
             if setting.key == "include":
                 self._include_all(setting, path, (*chain, resolved))
-            else:
+            elif not into:
                 self.set(setting)
+            elif pattern(key := setting.key.replace("data", into, 1)) in FIELDS:
+                self.set(replace(setting, key=key))  # what a part of a mix does not have is left
 
     def _include_all(self, setting: Setting, path: Path, chain: tuple[Path, ...]) -> None:
         names = setting.value if isinstance(setting.value, list) else [setting.value]
@@ -126,48 +143,63 @@ class _Draft:
                 self._problem(COMMAND_LINE, key, value, "duplicate key; give it once")
             else:
                 pairs[key] = value
-        for section, folder in FRAGMENTS.items():
-            if section in pairs:
-                self._pick(section, folder, pairs.pop(section))
+        sections = [x for x in pairs if pattern(x) in FRAGMENTS and self._named(x, pattern(x))]
+        for section in sections:
+            self._pick(Setting(section, pairs.pop(section), COMMAND_LINE))
         for key, value in pairs.items():
             null = value in ("", "~", "null", "Null", "NULL")
             self.set(Setting(key, None if null else value, COMMAND_LINE))
 
-    def _pick(self, section: str, folder: str, name: str) -> None:
+    def _pick(self, setting: Setting) -> None:
+        section, name = setting.key, str(setting.value)
+        folder = FRAGMENTS[pattern(section)]
         names = files.shipped(folder)
         if name not in names:
-            hint = problems.path_hint(section, name, in_file=False) or problems.choices_hint(
-                name, names
-            )
+            in_file = setting.origin != COMMAND_LINE
+            hint = problems.path_hint(section, name, in_file) or problems.choices_hint(name, names)
             rule = f"there is no fragment {folder}/{name}"
-            self._problem(COMMAND_LINE, section, name, rule, hint)
+            self._problem(setting.origin, section, name, rule, hint)
             return
-        if files.is_whole(folder, name, section):
+        if "." in section or files.is_whole(folder, name, section):
             self.drop(section)
         self.seen.clear()  # what was merged before may be merged again, now that it comes later
-        self.include(files.SHIPPED / folder / f"{name}.yaml")
+        into = section if "." in section else ""
+        self.include(files.SHIPPED / folder / f"{name}.yaml", into=into)
 
     def set(self, setting: Setting) -> None:
         """Check one setting against the schema and take it, or note what is wrong."""
         key, raw, origin = setting.key, setting.value, setting.origin
-        parent, _, last = key.rpartition(".")
-        if key in SECTIONS:
+        field = pattern(key)
+        named = field.endswith(".*") or ".*." in field
+        if "." in key and field in FRAGMENTS and isinstance(raw, str) and self._named(key, field):
+            self._pick(setting)
+        elif field in SECTIONS and self._named(key, field):
             hint = problems.path_hint(
                 key, raw, in_file=origin != COMMAND_LINE
             ) or problems.section_hint(key)
             self._problem(origin, key, raw, "is a section, no value", hint)
-        elif parent in MAPPINGS and re.fullmatch("[1-9][0-9]*", last):
-            self._take(setting, parent)
-        elif parent in MAPPINGS:
-            self._problem(origin, key, raw, "the key must be a number of streams, such as 4")
-        elif key not in FIELDS:
+        elif named and not self._named(key, field):
+            rule = "must be a number of streams, such as 4"
+            if "mix" in field:
+                rule = "must hold a-z, 0-9, '.', '_' and '-' only"
+            self._problem(origin, key, raw, f"the key {rule}")
+        elif field not in FIELDS:
             self._problem(origin, key, raw, "unknown key", problems.key_hint(key))
         elif key in MAPPINGS and raw is None:
             self.drop(key)  # null empties a mapping; anything else would merge into it
         elif key in MAPPINGS:
             self._problem(origin, key, raw, "is a mapping", f"write {key}.KEY=value, or null")
         else:
-            self._take(setting, key)
+            self._take(setting, field)
+
+    @staticmethod
+    def _named(key: str, field: str) -> bool:
+        """Whether the entry of a mapping that a key is of, if any, has a name that fits."""
+        at = next((i for i, part in enumerate(field.split(".")) if part == "*"), None)
+        if at is None:
+            return True
+        form = "[a-z0-9][a-z0-9_-]*" if "mix" in field else "[1-9][0-9]*"
+        return re.fullmatch(form, key.split(".")[at]) is not None
 
     def _take(self, setting: Setting, field: str) -> None:
         key, origin = setting.key, setting.origin
@@ -195,36 +227,68 @@ class _Draft:
     def finish(self, subject: str, place: str, name: str) -> Resolved:
         """Fill in defaults, check fields against each other, and build the recipe."""
         chosen = set(self.values)
-        for key, info in FIELDS.items():
+        for key, info in list(self._fields()):
             if key in self.values or key in self.broken or key in MAPPINGS:
                 continue
             if key == "name" or not info.is_required():
                 self.values[key] = name if key == "name" else info.get_default()
                 self.origins[key] = DEFAULT
             elif not self.unread:
-                also = problems.fragment_hint(key.partition(".")[0])
+                also = problems.fragment_hint(key.rpartition(".")[0])
                 self.problems.append(f"{place}: {key}: missing, and has no default{also}")
+        self._follow(chosen)
         for keys, rule in () if self.unread else contradictions(self.values, chosen):
-            given = [f"{key} = {shorten(self.values[key])} ({self.origins[key]})" for key in keys]
+            given = [
+                f"{key} = {shorten(self.values.get(key))} ({self.origins.get(key, DEFAULT)})"
+                for key in keys
+            ]
             self.problems.append(f"{', '.join(given)}: {rule}")
         missing = tuple(self._missing_paths())
         if self.problems:
             raise RecipeError(subject, [*self.problems, *missing])
-
-        tree: dict[str, Any] = {}
-        for key, value in self.values.items():
-            *parents, last = key.split(".")
-            section = tree
-            for parent in parents:
-                section = section.setdefault(parent, {})
-            section[last] = value
-        recipe = Recipe.model_validate(tree)
+        recipe = Recipe.model_validate(nest(self.values))
         origins = {key: self.origins.get(key, DEFAULT) for key in flatten(recipe)}
         return Resolved(recipe, origins, subject, missing)
 
+    def _fields(self) -> Iterator[tuple[str, FieldInfo]]:
+        """The keys that this recipe has: in place of a mapping's `*`, its own keys."""
+        for field, info in FIELDS.items():
+            mapping, star, rest = field.partition(".*")
+            there = [key for key in (*self.values, *self.broken) if key.startswith(f"{mapping}.")]
+            if not star:
+                inside = [x for x in OPTIONAL if field.startswith(f"{x}.")]
+                if not inside or any(x.startswith(f"{inside[0]}.") for x in self.values):
+                    yield field, info
+            elif rest:
+                at = mapping.count(".") + 1
+                for name in dict.fromkeys(key.split(".")[at] for key in there):
+                    yield f"{mapping}.{name}{rest}", info
+
+    def _follow(self, chosen: Collection[str]) -> None:
+        """Defaults that follow from what was chosen."""
+        values = self.values
+        adapted = next(
+            (x for x in ("backbone.adapter", "stages.streams.start") if values.get(x)), None
+        )
+        trains_all = values.get("stages.streams.train") == "all"
+        tokens = [values.get(f"stages.{stage}.tokens") for stage in ("adapt", "streams")]
+        both = None if None in tokens else "the tokens of both stages"
+        for key, value, cause in (
+            ("training.tokens", sum(x or 0 for x in tokens), both),
+            ("stages.adapt.train", "none", adapted),
+            ("stages.streams.control", False, "stages.streams.train" if trains_all else None),
+        ):
+            if cause is not None and key not in chosen:
+                values[key], self.origins[key] = value, f"{DEFAULT} with {cause}"
+
     def _missing_paths(self) -> Iterator[str]:
         """Paths that are set and that the disk shows to be wrong."""
-        for key, kind in (("backbone.id", "model"), ("data.path", self.values.get("data.source"))):
+        paths = {"backbone.id": "model"}
+        for key in self.values:
+            section, _, name = key.rpartition(".")
+            if name in ("path", "test_path"):
+                paths[key] = self.values.get(f"{section}.source", "")
+        for key, kind in paths.items():
             value = self.values.get(key)
             if kind and value and (problem := problems.path_problem(kind, value)):
                 yield f"{self.origins[key]}: {key} = {value}: {problem}"
@@ -232,9 +296,7 @@ class _Draft:
 
 @cache
 def _adapter(field: str) -> TypeAdapter[Any]:
-    """Checks one value of a field; of a mapping, one of its entries."""
+    """Checks one value of a field."""
     info = FIELDS[field]
-    if field in MAPPINGS:
-        return TypeAdapter(get_args(info.annotation)[1])
     kind: Any = Annotated[info.annotation, info]
     return TypeAdapter(kind)

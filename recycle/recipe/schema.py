@@ -1,13 +1,14 @@
-"""What a recipe may hold: typed sections, and the rules between them."""
+"""What a recipe may hold: typed sections."""
 
-from collections.abc import Iterator, Mapping
-from operator import attrgetter
-from typing import Annotated, Any, Literal, get_origin
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
-from pydantic.fields import FieldInfo
 
 from . import kinds
+
+Tokens = Annotated[kinds.Whole, Field(ge=0)]
+Warmup = Annotated[kinds.Real, Field(ge=0, le=1)]
+Decay = Literal["cosine", "linear", "constant"]
 
 
 class Section(BaseModel):
@@ -17,7 +18,7 @@ class Section(BaseModel):
 
 
 class Backbone(Section):
-    """The frozen model that is recycled."""
+    """The model that is recycled."""
 
     id: kinds.BackboneId
     """Hub id, model folder, or `package://PACKAGE/FILE.gguf` for a file inside a Python package."""
@@ -30,13 +31,16 @@ class Backbone(Section):
     """Attention code of transformers; auto is sdpa where it has that for the model, else eager."""
     quantization: kinds.Quantization = None
     """bitsandbytes format of the frozen weights; nf4 is doubly quantised. none is null."""
+    adapter: kinds.Place | None = None
+    """A LoRA that the model was adapted with elsewhere: folder or Hub id. It takes the place of the
+    stage adapt."""
+    adapter_revision: kinds.Text | None = None
+    """Branch, tag or commit of the LoRA on the Hub."""
 
 
 class Method(Section):
     """How streams are made."""
 
-    nested: kinds.Flag = True
-    """One training run serves every P (2 is the first two streams of 8), else each has its own."""
     init: Literal["text", "random"] = "text"
     """Prefixes start from the keys and values of real text, or from random numbers."""
     num_virtual_tokens: kinds.Count = 48
@@ -45,25 +49,51 @@ class Method(Section):
     """Share of the aggregation weights that is spread evenly, ε in the paper."""
 
 
-class Data(Section):
-    """The text to learn from and to measure on."""
+class Source(Section):
+    """Where documents come from."""
 
-    source: Literal["hub", "files", "jsonl", "stdlib"]
-    """Hub data set, text files, JSON lines, or the source files of Python's standard library."""
+    source: Literal["hub", "files", "jsonl", "parquet", "stdlib", "tasks", "mix"]
+    """Hub data set, text files, JSON lines, Parquet files, the source files of Python's standard
+    library, small tasks with checkable answers that are made on the spot, or several of these."""
     path: kinds.Place | None = None
-    """hub: data set id; files: folder, file or glob; jsonl: file or glob."""
+    """hub: data set id; files: folder, file or glob; jsonl, parquet: file or glob."""
     subset: kinds.Text | None = None
     """hub: configuration of the data set."""
     split: kinds.Text = "train"
     """hub: split that documents are read from (ours are cut from it)."""
     revision: kinds.Text | None = None
     """hub: branch, tag or commit."""
+    format: Literal["text", "chat"] = "text"
+    """hub, jsonl, parquet: what a row holds, a text or a conversation. Of conversations only the
+    assistant's turns are learned."""
     text_field: kinds.Text = "text"
-    """hub, jsonl: field that holds the text."""
+    """hub, jsonl, parquet: field that holds the text."""
+    messages_field: kinds.Text = "messages"
+    """hub, jsonl, parquet: field that holds the conversation. Rows of `prompt` and `completion`,
+    and ShareGPT's `conversations`, are known by their own names."""
     group_field: kinds.Text | None = None
-    """hub, jsonl: documents that are equal here (same repository) never fall into two splits."""
-    packages: kinds.Packages | None = None
+    """hub, jsonl, parquet: documents that are equal here (same repository) never fall into two
+    splits."""
+    packages: kinds.Names | None = None
     """stdlib: top-level packages and modules; None is the fixed list in data/files.py."""
+    conversations: kinds.Count = 800
+    """tasks: how many are made."""
+
+
+class Part(Source):
+    """One of the sources that are mixed."""
+
+    weight: kinds.Rate = 1.0
+    """Its share of the training tokens is this over the sum of all weights."""
+
+
+class Data(Source):
+    """The text to learn from and to measure on."""
+
+    mix: dict[kinds.Name, Part] = {}
+    """mix: the sources, each under a name of its own."""
+    test_path: kinds.Place | None = None
+    """files, jsonl, parquet: test documents of your own, read as those of `path` are."""
     block_size: kinds.AtLeastTwo = 512
     """Tokens in a block."""
     validation_documents: kinds.AtLeastTwo = 16
@@ -76,30 +106,20 @@ class Data(Section):
 
 
 class Training(Section):
-    """What is learned, for how long and how fast."""
+    """How long and how fast is learned: what both stages take unless they say otherwise."""
 
-    tokens: Annotated[kinds.Whole, Field(ge=0)] = 20_000_000
-    """Text tokens that every adapter learns from; 0 keeps the untrained start."""
+    tokens: Tokens | None = 20_000_000
+    """The whole budget in text tokens, of both stages; 0 keeps the untrained start."""
     batch_size: kinds.Count = 8
     """Blocks in an optimiser step."""
     micro_batch_size: kinds.Count = 1
     """Blocks in a forward pass; divides batch_size."""
-    prefix_learning_rate: kinds.Rate
-    """Of the prefixes of the streams."""
-    aggregator_learning_rate: kinds.Rate
-    """Of the aggregators."""
-    control_learning_rate: kinds.Rate
-    """Of the control's prefix."""
-    warmup: Annotated[kinds.Real, Field(ge=0, le=1)] = 0.05
+    warmup: Warmup = 0.05
     """Fraction of the steps in which the learning rates rise."""
-    decay: Literal["cosine", "linear", "constant"] = "cosine"
+    decay: Decay = "cosine"
     """How the learning rates fall after the warm-up."""
     max_grad_norm: kinds.Rate = 1.0
     """Gradients are clipped to this norm."""
-    loss_weights: dict[kinds.Whole, Annotated[kinds.Real, Field(ge=0)]] = {}
-    """Weight of each P in the loss of a nested family; 1 where not given."""
-    control: kinds.Flag = True
-    """Train the control as well."""
     gradient_checkpointing: kinds.Flag = False
     """Recompute activations in the backward pass: less memory, more time."""
     checkpoint_steps: kinds.Count = 50
@@ -110,9 +130,80 @@ class Training(Section):
     """Of everything random in training."""
 
 
+class Stage(Section):
+    """What a stage of its own says in place of `data` and `training`; null takes what these say."""
+
+    data: Data | None = None
+    """The text of this stage alone; takes a fragment's name as well."""
+    tokens: Tokens | None = None
+    """Text tokens that every adapter of this stage learns from."""
+    batch_size: kinds.Count | None = None
+    """Blocks in an optimiser step."""
+    micro_batch_size: kinds.Count | None = None
+    """Blocks in a forward pass."""
+    warmup: Warmup | None = None
+    """Fraction of the steps in which the learning rates rise."""
+    decay: Decay | None = None
+    """How the learning rates fall after the warm-up."""
+
+
+class Adapt(Stage):
+    """The first stage: the backbone's weights learn the text at P = 1. `tokens`: null is 80 % of
+    the budget."""
+
+    train: Literal["lora", "full", "none"] = "lora"
+    """A LoRA of PEFT, all weights, or nothing."""
+    rank: kinds.Count = 16
+    """Of the LoRA."""
+    alpha: kinds.Count = 32
+    """The LoRA's matrices are scaled by alpha / rank."""
+    target_modules: kinds.Names = ("all-linear",)
+    """Modules that the LoRA enters, by the ends of their names; all-linear is all but the head."""
+    learning_rate: kinds.Rate | None = None
+    """Of the LoRA, or of all weights."""
+
+
+class StreamsStage(Stage):
+    """The second stage: streams learn on the adapted model. `tokens`: null is what the first stage
+    leaves of the budget."""
+
+    train: Literal["prefixes", "all"] = "prefixes"
+    """Prefixes and aggregators on frozen weights, or all weights together with them."""
+    start: kinds.Place | None = None
+    """A family to go on from, folder or Hub id, in place of a start from text or random numbers."""
+    nested: kinds.Flag = True
+    """One training serves every P (2 is the first two streams of 8), else each has its own."""
+    prefix_learning_rate: kinds.Rate | None = None
+    """Of the prefixes of the streams."""
+    aggregator_learning_rate: kinds.Rate | None = None
+    """Of the aggregators."""
+    control_learning_rate: kinds.Rate | None = None
+    """Of the control's prefix."""
+    weights_learning_rate: kinds.Rate | None = None
+    """Of all other weights, where all learn."""
+    loss_weights: dict[kinds.Whole, Annotated[kinds.Real, Field(ge=0)]] = {}
+    """Weight of each P in the loss of a nested family; 1 where not given."""
+    own_loss: Annotated[kinds.Real, Field(ge=0, le=1)] = 0.0
+    """Share of the loss that is the mean of what each stream alone would have."""
+    control: kinds.Flag = True
+    """Train the control as well."""
+
+
+class Stages(Section):
+    """The two stages of a run, in their order."""
+
+    adapt: Adapt = Adapt()
+    streams: StreamsStage = StreamsStage()
+
+
 class Evaluation(Section):
     """The final comparison."""
 
+    compare: kinds.Compared = ()
+    """Further rows: lora is a fresh LoRA of the first stage's rank on the untouched backbone, or
+    all weights where the run trains all, on the tokens of both stages."""
+    compare_learning_rate: kinds.Rate | None = None
+    """Of that row; null is as in the first stage."""
     batch_size: kinds.Count = 4
     """Blocks in a forward pass."""
     speed: kinds.Flag = True
@@ -154,96 +245,9 @@ class Recipe(Section):
     """The numbers of streams, P, to make adapters for, in rising order."""
     method: Method = Method()
     data: Data
-    training: Training
+    training: Training = Training()
+    stages: Stages = Stages()
     evaluation: Evaluation = Evaluation()
     launch: Launch = Launch()
     output: Output = Output()
     logging: Logging = Logging()
-
-
-# Which sources a field of `data` belongs to; fields that are not here belong to all.
-SOURCES = {
-    "path": ("hub", "files", "jsonl"),
-    "subset": ("hub",),
-    "split": ("hub",),
-    "revision": ("hub",),
-    "text_field": ("hub", "jsonl"),
-    "group_field": ("hub", "jsonl"),
-    "packages": ("stdlib",),
-}
-
-
-def _fields(model: type[Section], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
-    for name, info in model.model_fields.items():
-        kind = info.annotation
-        if isinstance(kind, type) and issubclass(kind, Section):
-            yield from _fields(kind, f"{name}.")
-        else:
-            yield prefix + name, info
-
-
-FIELDS = dict(_fields(Recipe))  # every field that holds a value, by dotted key
-SECTIONS = tuple(name for name in Recipe.model_fields if name not in FIELDS)
-MAPPINGS = tuple(key for key, info in FIELDS.items() if get_origin(info.annotation) is dict)
-
-
-def flatten(recipe: Recipe) -> dict[str, Any]:
-    """Every value of a recipe by dotted key, in the order of the schema.
-
-    Fields that do not belong to the recipe's data source are left out; a mapping gives one key
-    for each of its entries, `training.loss_weights.4`, and itself where it is empty.
-    """
-    values: dict[str, Any] = {}
-    for key in FIELDS:
-        value = attrgetter(key)(recipe)
-        if key in MAPPINGS and value:
-            values |= {f"{key}.{item}": value[item] for item in sorted(value)}
-        elif belongs(key, recipe.data.source):
-            values[key] = value
-    return values
-
-
-def belongs(key: str, source: str) -> bool:
-    """Whether the field with this dotted key does anything for this data source."""
-    section, _, name = key.partition(".")
-    return section != "data" or source in SOURCES.get(name, (source,))
-
-
-def contradictions(values: Mapping[str, Any], chosen: set[str]) -> Iterator[tuple[list[str], str]]:
-    """Rules between fields that are broken, as (keys concerned, what the rule is).
-
-    Args:
-        values: dotted key -> typed value; a rule is skipped where a value it needs is absent.
-        chosen: the keys that were set rather than left at their default.
-    """
-    batch, micro = values.get("training.batch_size"), values.get("training.micro_batch_size")
-    if batch and micro and batch % micro:
-        keys = ["training.micro_batch_size", "training.batch_size"]
-        yield keys, "micro_batch_size must divide batch_size"
-
-    streams = values.get("streams")
-    weights = {key: values[key] for key in values if key.startswith("training.loss_weights.")}
-    for key in weights:
-        if streams and int(key.rpartition(".")[2]) not in streams:
-            rule = "only the numbers in streams have a weight in the loss (null drops them all)"
-            yield [key, "streams"], rule
-    if weights and values.get("method.nested") is False:
-        rule = "weights share out one loss; without nesting each P has a training of its own"
-        yield [*weights, "method.nested"], rule
-    if streams and all(values.get(f"training.loss_weights.{p}", 1) == 0 for p in streams):
-        yield list(weights), "at least one weight must be over 0, or nothing is learned"
-
-    source = values.get("data.source")
-    takes = [name for name in Data.model_fields if source and belongs(f"data.{name}", source)]
-    for name, sources in SOURCES.items() if source else ():
-        key = f"data.{name}"
-        if source not in sources and key in chosen and values.get(key) is not None:
-            rule = f"{name} belongs to {' and '.join(sources)}; {source} takes {', '.join(takes)}"
-            replace = "(data=NAME on the command line replaces the whole section)"
-            yield [key, "data.source"], f"{rule} {replace}"
-    if "path" in takes and values.get("data.path", "") is None:
-        yield ["data.source"], f"{source} needs data.path"
-
-    backbone_id = values.get("backbone.id", "")
-    if backbone_id.startswith("package://") and values.get("backbone.revision") is not None:
-        yield ["backbone.revision", "backbone.id"], "only a model on the Hub has a revision"

@@ -1,4 +1,4 @@
-"""What TARGET means: a recipe file, a shipped recipe, or a bare model."""
+"""What TARGET means: a recipe file, a shipped recipe, a run folder, or a bare model."""
 
 import os
 import re
@@ -30,6 +30,8 @@ def choose(target: str) -> tuple[Path, str | None, str]:
     if target in names:
         also = f" (for the folder of that name write ./{target})" if is_folder else ""
         return files.SHIPPED / f"{target}.yaml", None, f"shipped recipe '{target}'{also}"
+    if files.holds_run(path):
+        return path / files.SAVED, None, f"the run in {target}"
     if os.path.isfile(path / "config.json"):
         return default, target, f"default recipe for the model folder {target}"
     if target.startswith("package://"):
@@ -40,11 +42,6 @@ def choose(target: str) -> tuple[Path, str | None, str]:
         problem = f"there is no file {target}"
         if path.stem in names:
             problem += f"; the shipped recipe is called {path.stem}"
-    elif files.holds_run(path):
-        problem = (
-            f"{target} is a run folder; to go on with it or see its results, name its recipe, "
-            f"{path / files.SAVED}; to measure it again, `recycle eval {target}`"
-        )
     elif is_folder:
         problem = f"the folder {target} holds no config.json, so it is no model"
         if (path / files.SAVED).is_file():
@@ -68,7 +65,7 @@ def listing() -> str:
     """The shipped recipes and fragments, each with as much of its comment as fits into a line."""
     width = shutil.get_terminal_size((140, 24)).columns - 30
     lines = ["Recipes (recycle run NAME):"]
-    for section, folder in {"": "", **FRAGMENTS}.items():
+    for section, folder in {"": "", **{x: y for x, y in FRAGMENTS.items() if "." not in x}}.items():
         if folder:
             lines += ["", f"Fragments (include: [{folder}/NAME], or {section}=NAME):"]
         for name in files.shipped(folder):

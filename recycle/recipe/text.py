@@ -7,23 +7,23 @@ import re
 from ruamel.yaml import YAML
 
 from .consequences import notes
+from .fields import MAPPINGS, flatten, nest
 from .files import MARK
 from .resolution import Resolved
-from .schema import MAPPINGS, SOURCES, Recipe, flatten
+from .schema import Recipe
 
 # Words that need no quotes in YAML: no signs with a meaning, and not one of YAML's own words.
 _WORD = re.compile(r"(?!(?:null|true|false)$)[a-z_/][\w./+-]*", re.IGNORECASE | re.ASCII)
 
 
 def dump(recipe: Recipe) -> str:
-    """The recipe as YAML that resolves to an equal recipe, without what its data source lacks."""
-    lacking = {name for name, sources in SOURCES.items() if recipe.data.source not in sources}
+    """The recipe as YAML that resolves to an equal recipe, without what its data sources lack."""
     yaml = YAML(typ="safe", pure=True)
     yaml.default_flow_style = False
     yaml.allow_unicode = True
     yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
     text = io.StringIO()
-    yaml.dump(recipe.model_dump(exclude={"data": lacking}), text)
+    yaml.dump(nest(flatten(recipe)), text)
     return MARK + text.getvalue()
 
 

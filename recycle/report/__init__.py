@@ -1,7 +1,8 @@
 """A report, a model card and two plots. They are made from `Results` alone, always the same.
 
 Reading order: `document.py` (the files, the report), `card.py` (the model card), `result.py` (what
-both say of the result), `plots.py`, `publication.py` (what stays private), `markdown.py`.
+both say of the result), `streams.py`, `plots.py`, `publication.py` (what stays private),
+`markdown.py`.
 """
 
 from .card import render_card

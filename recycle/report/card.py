@@ -1,10 +1,11 @@
 """The model card: metadata that the Hub accepts, and how to load the adapters."""
 
 import re
+from typing import Any
 
 from huggingface_hub import ModelCardData
 
-from recycle.results import CONTROL, Results, precision
+from recycle.results import ADAPTED, Results, precision, rows_of_training
 
 from .markdown import code, escape, facts, fence, join_blocks
 from .publication import hide_folders
@@ -17,12 +18,33 @@ from transformers import AutoTokenizer
 model = recycle.load("FOLDER", p={largest})
 inputs = AutoTokenizer.from_pretrained("FOLDER")("def fibonacci(n):", return_tensors="pt")
 tokens = model.generate(**inputs, max_new_tokens=64)
-recycle.set_p(model, {smallest})  # any of {offered}; 1 is the backbone, bit for bit"""
+recycle.set_p(model, {smallest})  # any of {offered}{one}"""
 PEFT = """\
 import recycle.parscale  # registers the method with PEFT
 from peft import AutoPeftModelForCausalLM
 
 model = AutoPeftModelForCausalLM.from_pretrained("FOLDER/p{largest}")"""
+PEFT_ON_LORA = """\
+import recycle.parscale  # registers the method with PEFT
+from peft import PeftModel
+
+model = PeftModel.from_pretrained(backbone, "FOLDER/adapted").{merge}()
+model = PeftModel.from_pretrained(model, "FOLDER/p{largest}")"""
+ONE = {
+    "none": "; 1 is the backbone, bit for bit",
+    "lora": "; 1 is the adapted model",
+    "full": "; 1 is the adapted model",
+    "all": "",
+}
+FOUNDATIONS = {
+    "none": "The backbone is frozen and not part of this folder.",
+    "lora": "They stand on the backbone with the LoRA in `adapted/` merged into it, which is P = 1 "
+    "and of use on its own. The backbone is not part of this folder.",
+    "full": "They stand on the model in `adapted/`: the backbone after training on the same text, "
+    "which is P = 1 and of use on its own.",
+    "all": "All weights were trained together with the streams and lie in `backbone/`; there is no "
+    "P = 1.",
+}
 ELSEWHERE = (
     "The backbone is not on the Hub. On another machine, say where it is: "
     '`recycle.load("FOLDER", backbone="BACKBONE")`.'
@@ -36,22 +58,29 @@ def render_card(results: Results) -> str:
     streams = sorted(model.num_streams for model in results.models if model.num_streams > 1)
     largest, smallest = streams[-1], streams[0]
     trained_on = results.first or backbone
-    tokens = []
-    for x in results.training:
-        name = x.name if x.name == CONTROL else f"P = {', '.join(map(str, x.p_values))}"
-        tokens.append(f"{name}: {x.tokens:,}")
+    kind = _foundation(results)
+    offered = streams if kind == "all" else [1, *streams]
+    plain = PEFT_ON_LORA if kind == "lora" else PEFT
+    merge = "get_base_model" if trained_on.quantization else "merge_and_unload"
+    rows = [x.name for x in results.models]
+    tokens = [
+        f"{', '.join(name for name in rows_of_training(x) if name in rows)}: {x.tokens:,}"
+        for x in results.training
+    ]
     return join_blocks(
         f"---\n{_metadata(results)}\n---",
         f"# {escape(results.name)}",
         f"Adapters that give {code(backbone.id)} P = {', '.join(map(str, streams))} parallel "
-        "streams ([ParScale](https://arxiv.org/abs/2505.10475)). The backbone is frozen and not "
-        "part of this folder.",
+        f"streams ([ParScale](https://arxiv.org/abs/2505.10475)). {FOUNDATIONS[kind]}",
         "## How to load",
         "With `recycle-lm` installed; FOLDER is this folder or its Hub id:",
-        fence(RECYCLE.format(largest=largest, smallest=smallest, offered=[1, *streams]), "python"),
+        fence(
+            RECYCLE.format(largest=largest, smallest=smallest, offered=offered, one=ONE[kind]),
+            "python",
+        ),
         "One P with plain PEFT, where FOLDER is on disk:",
-        fence(PEFT.format(largest=largest), "python"),
-        "" if backbone.source == "hub" else ELSEWHERE,
+        fence(plain.format(largest=largest, merge=merge), "python"),
+        "" if backbone.source == "hub" or kind in ("full", "all") else ELSEWHERE,
         "`recycle.load` loads the backbone as it was in training "
         f"({escape(precision(trained_on))}), or as its `dtype=` and `quantization_config=` say; "
         "`recycle eval` measures what that changes.",
@@ -72,6 +101,16 @@ def render_card(results: Results) -> str:
         ),
         "More in `report.md`; every number, with the loss of each document, in `results.json`.",
     )
+
+
+def _foundation(results: Results) -> str:
+    """What the streams stand on, as the recipe says: "none", "lora", "full" or "all"."""
+    stages: Any = results.recipe.get("stages", {})
+    if stages.get("streams", {}).get("train") == "all":
+        return "all"
+    if not any(model.name == ADAPTED for model in results.models):
+        return "none"
+    return "full" if stages["adapt"]["train"] == "full" else "lora"
 
 
 def _metadata(results: Results) -> str:

@@ -4,7 +4,16 @@ import io
 import math
 from typing import TYPE_CHECKING
 
-from recycle.results import BACKBONE, CONTROL, Results
+from recycle.results import (
+    ADAPTED,
+    BACKBONE,
+    CONTROL,
+    LORA,
+    WEIGHTS,
+    Results,
+    paired_difference,
+    rows_of_training,
+)
 
 from .markdown import one_line
 
@@ -12,7 +21,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-GREY, ORANGE = "#555555", "#D55E00"
+GREY, ORANGE, GREEN = "#555555", "#D55E00", "#009E73"
+COLORS = {CONTROL: ORANGE, ADAPTED: GREEN, LORA: GREY, WEIGHTS: GREY}
 BLUES = ("#56B4E9", "#0072B2", "#003F7F", "#001F3F")  # from the first P on
 
 
@@ -22,16 +32,18 @@ def plot_loss_vs_tokens(results: Results) -> bytes:
 
     figure, axes = _axes(results, "text tokens learned from", "validation loss (nats per token)")
     curves: dict[str, list[tuple[int, float]]] = {}
+    adapted = sum(x.tokens for x in results.training if ADAPTED in rows_of_training(x))
     for training in results.training:
+        alone = {ADAPTED, LORA, WEIGHTS}.intersection(rows_of_training(training))
+        before = 0 if alone else adapted  # streams go on where the first stage ended
         for point in training.curve:
             for name, loss in point.validation_loss.items():
                 if math.isfinite(loss):
-                    curves.setdefault(name, []).append((point.tokens, loss))
+                    curves.setdefault(name, []).append((before + point.tokens, loss))
     blues = iter(BLUES)
     for name, points in curves.items():
-        control = name == CONTROL
-        color = ORANGE if control else next(blues, BLUES[-1])
-        line = "o--" if control else "o-"
+        color = COLORS.get(name) or next(blues, BLUES[-1])
+        line = "o--" if name in COLORS else "o-"
         axes.plot(*zip(*points, strict=True), line, color=color, markersize=4, label=name)
     axes.set_xlim(right=max(1, axes.get_xlim()[1]))  # of a run of no tokens as well
     axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10], integer=True))
@@ -61,6 +73,11 @@ def plot_loss_vs_streams(results: Results) -> bytes:
         f"held-out loss minus the {other}'s\n(nats per token; below zero is better)",
     )
     axes.axhline(0, color=ORANGE if other == CONTROL else GREY, linestyle="--", label=other)
+    zero = next(model for model in results.models if model.name == other)
+    for model in results.models:
+        if model.name in (ADAPTED, LORA, WEIGHTS):
+            level = paired_difference(model.losses, zero.losses, results.tokens).mean
+            axes.axhline(level, color=COLORS[model.name], linestyle=":", label=model.name)
     axes.errorbar(
         p_values,
         [x.mean for x in differences],  # one that is not finite leaves a gap

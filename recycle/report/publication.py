@@ -17,11 +17,11 @@ _WORD = re.compile(r"""(?:'[^']*'|"[^"]*"|\S)+""")
 
 def hide_folders(results: Results) -> Results:
     """The same results with the last part only of every local path; `results.json` keeps them."""
-    backbone, data = results.backbone, results.data
+    backbone, parts = results.backbone, [results.data, results.adapt_data or results.data]
     local = {backbone.id} if backbone.source == "folder" else set()
-    if data.source in ("files", "jsonl") and data.path is not None:
-        local.add(data.path)
-    hidden = _hide(results.model_dump(include={"backbone", "data", "recipe"}), local)
+    local |= {x.path for x in parts if x.path is not None and x.source not in ("hub", "stdlib")}
+    include = {"backbone", "data", "adapt_data", "recipe"}
+    hidden = _hide(results.model_dump(include=include), local)
     command = results.command
     for path in sorted(local, key=len, reverse=True):
         command = command.replace(path, _last_part(path))
@@ -30,7 +30,9 @@ def hide_folders(results: Results) -> Results:
             "command": _WORD.sub(lambda word: _shorten(word[0]), command),
             "recipe": hidden["recipe"],
             "backbone": backbone.model_copy(update=hidden["backbone"]),
-            "data": data.model_copy(update=hidden["data"]),
+            "data": results.data.model_copy(update=hidden["data"]),
+            "adapt_data": results.adapt_data
+            and results.adapt_data.model_copy(update=hidden["adapt_data"]),
         }
     )
 

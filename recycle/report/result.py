@@ -4,7 +4,10 @@ import math
 import re
 
 from recycle.results import (
+    ADAPTED,
     CONTROL,
+    LORA,
+    WEIGHTS,
     Difference,
     Results,
     format_difference,
@@ -15,6 +18,7 @@ from recycle.results import (
 )
 
 from .markdown import bullets, escape, format_table, join_blocks
+from .streams import warn_of_streams
 
 HONEST_DOCUMENTS = 64
 """With fewer test documents a run is a trial, not a result."""
@@ -66,8 +70,15 @@ def state_findings(results: Results) -> list[str]:
         sentence = f"**{escape(model.name)}** is {_compare(model.minus_backbone, 'backbone')}"
         if model.minus_control is not None:
             sentence += f", and {_compare(model.minus_control, 'control')}"
-            if not model.minus_control.distinguishable:
+            if not model.minus_control.distinguishable and model.num_streams > 1:
                 sentence += ". This run does not show that it is better than plain prefix tuning"
+        if model.minus_weights is not None:
+            alone = next(x.name for x in results.models if x.name in (LORA, WEIGHTS))
+            sentence += f"; against {alone} on the same tokens it is " + _compare(
+                model.minus_weights, alone
+            )
+        if model.right is not None:
+            sentence += f". It answers {sum(model.right)} of {len(model.right)} right"
         sentences.append(f"{sentence}.")
     return sentences
 
@@ -88,10 +99,25 @@ def explain_table(results: Results) -> list[str]:
         f"Held-out loss: nats per token, over {length} predicted tokens of "
         f"each of {len(results.documents)} test documents ({len(groups)} groups). Lower is better. "
         "Bits per byte: the same loss, per UTF-8 byte of the text.",
-        "± is one standard error. Differences are taken document by document; below zero is "
-        "better. Not clearly different: less than two standard errors from zero.",
-        "**backbone** is the untouched model. P = 1 is the same, bit for bit.",
+        "± is one standard error over documents, each with the weight of its tokens. Differences "
+        "are taken document by document; below zero is better. Not clearly different: less than "
+        "two standard errors from zero.",
     ]
+    names = [model.name for model in results.models]
+    if ADAPTED in names:
+        lines.append(
+            "**backbone** is the untouched model. **P = 1** is the model that the streams were put "
+            "on: the backbone with the weights that the first stage adapted, and no stream."
+        )
+    else:
+        lines.append("**backbone** is the untouched model. P = 1 is the same, bit for bit.")
+    if alone := next((name for name in names if name in (LORA, WEIGHTS)), None):
+        lines.append(
+            f"**{alone}** is what training weights alone does with the tokens of both stages, at "
+            "P = 1 and no more cost in inference than the backbone. Tokens are equal in all rows; "
+            "the columns of seconds and FLOPs tell what they took in training, all stages behind a "
+            "row together."
+        )
     if _has_control(results):
         lines.append(
             "**control** is plain prefix tuning: one stream with a prefix, trained on the same "
@@ -132,6 +158,7 @@ def list_warnings(results: Results) -> list[str]:
         )
     if not any(training.tokens for training in results.training):
         lines.append("Nothing was trained: the adapters are as they were initialised.")
+    lines += warn_of_streams(results)
     count = len(results.documents)
     if count < HONEST_DOCUMENTS:
         lines.append(

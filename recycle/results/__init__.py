@@ -1,21 +1,27 @@
 """The record of a run: `results.json`, one schema from which every table, plot and card is made.
 
 Needs pydantic and nothing heavier, so results can be read anywhere. Reading order: `schema.py` (the
-record), made of `comparison.py` (losses and their differences) and `machine.py`; `file.py` (on
-disk); `table.py` (the tables).
+record), made of `comparison.py` (losses and their differences) and `machine.py`; `effort.py` (what
+a row cost to train); `file.py` (on disk); `table.py` (the tables).
 """
 
 from .comparison import (
+    ADAPTED,
     BACKBONE,
     CONTROL,
+    LORA,
+    WEIGHTS,
     Difference,
     Measurement,
     ModelResult,
     ScoredDocument,
     Speed,
+    StreamUse,
     compare,
     paired_difference,
+    token_mean,
 )
+from .effort import rows_of_training, with_training
 from .file import ResultsError, read, write
 from .machine import Hardware, hardware, packages
 from .schema import (

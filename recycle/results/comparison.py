@@ -4,7 +4,6 @@ Losses are in nats per predicted token; a difference is `model - other`, so belo
 """
 
 import math
-import statistics
 from collections.abc import Sequence
 
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
@@ -12,8 +11,13 @@ from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
 from .record import Loss, Record
 
 BACKBONE = "backbone"
+ADAPTED = "P = 1"
+"""The backbone with its weights adapted, where a first stage did that; else it is the backbone."""
+LORA = "LoRA"
+WEIGHTS = "all weights"
+"""The weights alone, at P = 1, on the tokens of both stages: a LoRA, or all of them."""
 CONTROL = "control"
-"""One stream with a prefix, trained on the same tokens. Not "P = 1": that is the backbone."""
+"""One stream with a prefix, trained on the same tokens. Not "P = 1": that has no stream."""
 
 
 class ScoredDocument(Record):
@@ -22,7 +26,7 @@ class ScoredDocument(Record):
     name: str
     group: str
     tokens: PositiveInt
-    """Predicted tokens; the same for every document."""
+    """Predicted tokens."""
     bytes: PositiveInt
     """UTF-8 bytes of the text that these tokens are."""
 
@@ -51,6 +55,18 @@ class Speed(Record):
     decode_tokens_per_second: NonNegativeFloat | None = None
 
 
+class StreamUse(Record):
+    """What the streams of one P do, over the predicted tokens of all test documents."""
+
+    weights: tuple[NonNegativeFloat, ...]
+    """Mean aggregation weight of each stream; together 1."""
+    entropy: NonNegativeFloat
+    """Mean entropy of the weights in nats; ln P where every stream weighs the same."""
+    error_correlation: float | None
+    """Mean over pairs of streams of the Pearson correlation of their losses by token, each stream's
+    own; None where a stream's losses do not vary or are not finite."""
+
+
 class Measurement(Record):
     """What was measured of one model; `compare` makes a `ModelResult` of it."""
 
@@ -62,6 +78,14 @@ class Measurement(Record):
     adapter_parameters: NonNegativeInt
     kv_bytes_per_token: PositiveInt
     speed: Speed = Speed()
+    right: tuple[bool, ...] | None = None
+    """Whether each document's question was answered right, where documents ask one."""
+    train_seconds: NonNegativeFloat | None = None
+    """Of all trainings behind it; one training of a nested family is behind each of its P."""
+    train_flops: NonNegativeFloat | None = None
+    """Floating-point operations of the same."""
+    streams: StreamUse | None = None
+    """None of one stream, and in records from before it was measured."""
 
 
 class ModelResult(Measurement):
@@ -73,30 +97,43 @@ class ModelResult(Measurement):
     """None for the backbone."""
     minus_control: Difference | None
     """None for the backbone, the control, and where no control was trained."""
+    minus_weights: Difference | None = None
+    """To the weights alone on the tokens of both stages; None where these were not trained."""
 
 
-def paired_difference(a: Sequence[float], b: Sequence[float]) -> Difference:
-    """Mean of a − b over documents and its standard error: standard deviation (ddof 1) / sqrt(n).
+def paired_difference(a: Sequence[float], b: Sequence[float], tokens: Sequence[int]) -> Difference:
+    """Mean of a − b over all predicted tokens, and its standard error over documents.
+
+    The error is that of a ratio of two sums over documents, of losses and of tokens: each
+    document's deviation from the mean counts by its share of the tokens (ddof 1). With documents of
+    equal length it is their standard deviation over the root of their number.
 
     Args:
-        a: loss of each document under one model.
-        b: loss of the same documents, in the same order, under the other.
+        a: Loss of each document under one model.
+        b: Loss of the same documents, in the same order, under the other.
+        tokens: Predicted tokens of each document.
 
     Raises:
-        ValueError: of different lengths, or no document.
+        ValueError: Of different lengths, or no document.
     """
-    if len(a) != len(b) or not a:
+    if not len(a) == len(b) == len(tokens) or not a:
         raise ValueError(
             "a paired difference takes the losses of the same documents, one or more, "
-            f"under both models; got {len(a)} and {len(b)}"
+            f"under both models; got {len(a)} and {len(b)} of {len(tokens)}"
         )
     differences = [x - y for x, y in zip(a, b, strict=True)]
     if not all(map(math.isfinite, differences)):
         return Difference(mean=math.nan, standard_error=None)
-    error = None
-    if len(differences) > 1:
-        error = statistics.stdev(differences) / math.sqrt(len(differences))
-    return Difference(mean=statistics.fmean(differences), standard_error=error)
+    mean, n = token_mean(differences, tokens), len(tokens)
+    shares = [each * n / sum(tokens) for each in tokens]
+    deviations = [w * (x - mean) for w, x in zip(shares, differences, strict=True)]
+    error = math.sqrt(math.fsum(x * x for x in deviations) / (n - 1) / n) if n > 1 else None
+    return Difference(mean=mean, standard_error=error)
+
+
+def token_mean(losses: Sequence[float], tokens: Sequence[int]) -> float:
+    """The mean of documents' losses in which every predicted token counts the same."""
+    return math.fsum(x * n for x, n in zip(losses, tokens, strict=True)) / sum(tokens)
 
 
 def compare(
@@ -104,8 +141,8 @@ def compare(
 ) -> tuple[ModelResult, ...]:
     """Derive every row of the table from the losses of each document.
 
-    A model's loss is the mean over documents, so that each counts the same however long it is. Bits
-    per byte are those of all documents over the bytes of all.
+    A model's loss is the mean over all predicted tokens; bits per byte are those of all documents
+    over the bytes of all.
 
     Args:
         documents: the test documents.
@@ -132,7 +169,7 @@ def compare(
     def minus(name: str, other: str) -> Difference | None:
         if name in (BACKBONE, other) or other not in losses:
             return None
-        return paired_difference(losses[name], losses[other])
+        return paired_difference(losses[name], losses[other], tokens)
 
     rows = []
     for measured in measurements:
@@ -140,10 +177,11 @@ def compare(
         rows.append(
             ModelResult(
                 **{field: getattr(measured, field) for field in Measurement.model_fields},
-                loss=statistics.fmean(measured.losses),
+                loss=token_mean(measured.losses, tokens),
                 bits_per_byte=nats / nats_per_bit_of_all,
                 minus_backbone=minus(measured.name, BACKBONE),
                 minus_control=minus(measured.name, CONTROL),
+                minus_weights=minus(measured.name, WEIGHTS if WEIGHTS in losses else LORA),
             )
         )
     return tuple(rows)

@@ -69,7 +69,8 @@ class FirstMeasurement(Record):
 class DataRecord(Record):
     """Where the text came from."""
 
-    source: Literal["hub", "files", "jsonl", "stdlib"]
+    source: str
+    """As in the recipe: hub, files, ..."""
     path: str | None = None
     license: str | None = None
     facts: dict[str, JsonValue]
@@ -96,20 +97,28 @@ class CurvePoint(Record):
 
 
 class TrainingRecord(Record):
-    """One training run: the whole nested family, one independent P, or the control."""
+    """One training: the weights, the whole nested family, one independent P, or the control."""
 
     name: str
-    """"nested", "p2"..., and "control" for the control."""
+    """"adapted" (the first stage), "nested", "p2"..., "control", and "compared" (weights alone)."""
     p_values: tuple[PositiveInt, ...]
-    """The P that it trained; (1,) for the control."""
+    """The P that it trained; (1,) where there is one stream or none."""
     tokens: NonNegativeInt
-    """Text tokens learned from."""
+    """Text tokens learned from: of conversations, those of all rows with their padding."""
+    learned_tokens: NonNegativeInt | None = None
+    """Those that were predicted: of conversations, the assistant's turns alone."""
+    master_dtype: str | None = None
+    """Number format in which all weights learned, where they did."""
     steps: NonNegativeInt
     wall_seconds: NonNegativeFloat
     tokens_per_second: NonNegativeFloat | None = None
     """Text tokens a second; None without a training step."""
     stream_tokens_per_second: NonNegativeFloat | None = None
     """Text tokens times the streams they ran through, a second."""
+    flops_per_token: NonNegativeFloat | None = None
+    """Floating-point operations of the forward and backward pass, counted on one row."""
+    kept_step: NonNegativeInt | None = None
+    """The step of the lowest validation loss, at which what was learned is kept."""
     curve: tuple[CurvePoint, ...] = ()
     train_loss: tuple[LossPoint, ...] = ()
 
@@ -139,6 +148,9 @@ class Results(Record):
     seeds: dict[str, int]
     backbone: BackboneRecord
     data: DataRecord
+    """Of the last stage, which the test documents are from."""
+    adapt_data: DataRecord | None = None
+    """Of the first stage, where there is one."""
     training: tuple[TrainingRecord, ...]
     documents: tuple[ScoredDocument, ...]
     models: tuple[ModelResult, ...]
@@ -174,8 +186,13 @@ class Results(Record):
         """This measurement minus the run's own, for each model; empty where it is the run's own."""
         if self.first is None:
             return {}
-        first = self.first.losses
-        return {x.name: paired_difference(x.losses, first[x.name]) for x in self.models}
+        first, tokens = self.first.losses, self.tokens
+        return {x.name: paired_difference(x.losses, first[x.name], tokens) for x in self.models}
+
+    @property
+    def tokens(self) -> list[int]:
+        """Predicted tokens of each test document."""
+        return [document.tokens for document in self.documents]
 
 
 def precision(backbone: BackboneRecord | FirstMeasurement) -> str:

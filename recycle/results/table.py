@@ -1,14 +1,15 @@
 """The tables of a result, as text and for the terminal."""
 
 import math
-import statistics
 from typing import TYPE_CHECKING
 
-from .comparison import BACKBONE, Difference, paired_difference
+from .comparison import BACKBONE, LORA, WEIGHTS, Difference, paired_difference, token_mean
 from .schema import Results, precision
 
 if TYPE_CHECKING:
     from rich.table import Table
+
+TERMINAL = 80  # characters, in which a table has room
 
 Columns = dict[str, list[str]]
 """Heading, with line breaks for the terminal -> its cells, one for each model."""
@@ -56,27 +57,47 @@ def _columns(results: Results, short: bool) -> Columns:
         "held-out\nloss": [f"{x.loss:.4f}" for x in models],
         "− backbone\n± se": [format_difference(x.minus_backbone) for x in models],
         "− control\n± se": [format_difference(x.minus_control) for x in models],
+    }
+    if alone := next((x.name for x in models if x.name in (LORA, WEIGHTS)), None):
+        columns[f"− {alone}\n± se"] = [format_difference(x.minus_weights) for x in models]
+    if any(x.right for x in models):
+        columns["answers\nright"] = [f"{sum(x.right or ())}/{len(x.right or ())}" for x in models]
+    columns |= {
         "adapter\nparams": [count(x.adapter_parameters) for x in models],
         "KV bytes\n/token": [f"{x.kv_bytes_per_token:,}" for x in models],
     }
+    if not short and any(x.train_seconds is not None for x in models):
+        columns["training\nseconds"] = [_effort(x.train_seconds, ",.0f") for x in models]
+        columns["training\nFLOPs"] = [_effort(x.train_flops, ".2g") for x in models]
     if _has_speed(results):
         columns["train/prefill\n/decode\ntokens/s"] = [
             slash.join("–" if speed is None else rate(speed) for _, speed in model.speed)
             for model in models
         ]
+    for heading in ("KV bytes\n/token", "adapter\nparams") if short else ():
+        if _width(columns) > TERMINAL:
+            del columns[heading]
     return columns
+
+
+def _width(columns: Columns) -> int:
+    """Characters of a row in a terminal."""
+    cells = ([*heading.split("\n"), *column] for heading, column in columns.items())
+    return sum(1 + max(len(x.replace(" ± ", "±")) for x in column) for column in cells) - 1
 
 
 def _columns_again(results: Results) -> Columns:
     assert results.first is not None
     models, differences, losses = results.models, results.minus_first(), results.first.losses
     minus_backbone = [
-        None if x.name == BACKBONE else paired_difference(losses[x.name], losses[BACKBONE])
+        None
+        if x.name == BACKBONE
+        else paired_difference(losses[x.name], losses[BACKBONE], results.tokens)
         for x in models
     ]
     return {
         "model": [x.name for x in models],
-        "run\nloss": [f"{statistics.fmean(losses[x.name]):.4f}" for x in models],
+        "run\nloss": [f"{token_mean(losses[x.name], results.tokens):.4f}" for x in models],
         "loss\nnow": [f"{x.loss:.4f}" for x in models],
         "now − run\n± se": [format_difference(differences[x.name]) for x in models],
         "run:\n− backbone ± se": [format_difference(x) for x in minus_backbone],
@@ -133,6 +154,10 @@ def _has_speed(results: Results) -> bool:
     speeds = (model.speed for model in results.models)
     measured = ((x.prefill_tokens_per_second, x.decode_tokens_per_second) for x in speeds)
     return any(pair != (None, None) for pair in measured)
+
+
+def _effort(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
 
 
 def _short_rate(rate: float) -> str:

@@ -1,5 +1,6 @@
 """The run folder: whose it is, whether it is finished, and who is writing it."""
 
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -162,6 +163,14 @@ def find_finished(
     if resolved.missing:
         raise RecipeError(resolved.chosen, resolved.missing)
     return Found(with_absolute_paths(resolved.recipe), folder, results.read(folder / RESULTS))
+
+
+def next_to(folder: Path) -> list[Path]:
+    """The runs beside a run that have its name, with a number or without: demo, demo-2."""
+    name = re.sub(r"-\d+$", "", folder.name)
+    same = re.compile(re.escape(name) + r"(-\d+)?")
+    runs = folder.parent.iterdir() if folder.parent.is_dir() else ()
+    return sorted(x for x in runs if x != folder and same.fullmatch(x.name) and holds_run(x))
 
 
 def kept(folder: Path) -> str:

@@ -1,4 +1,4 @@
-"""What a run works with: the backbone and the data, loaded and found to fit each other."""
+"""What a run works with: the backbone and the data, found to fit each other."""
 
 import hashlib
 import json
@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HTTPError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -14,29 +13,39 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from recycle import data, results
 from recycle.backbone import Source, load_backbone
 from recycle.backbone.fingerprint import Fingerprint, differences
-from recycle.disk import write_atomically
+from recycle.backbone.source import ADAPTER, ADAPTER_WEIGHTS, fetched
+from recycle.disk import expand, write_atomically
+from recycle.parscale import find_decoder
+from recycle.parscale.packing import keeps_sequences_apart
 from recycle.progress import Silent
-from recycle.recipe import Recipe
+from recycle.recipe import Data, Recipe, Stage
 
 from .folder import CHECKPOINTS, RunError
 from .plan import RunPlan
 from .settle import settled
 
 BASIS = "basis.json"  # among the checkpoints: what they were made on
-OWN_LICENCE = {"stdlib": "PSF-2.0"}  # sources that have one licence wherever they are
+OWN_LICENCE = {
+    "stdlib": "PSF-2.0",
+    "tasks": "Apache-2.0",
+}  # sources that have one licence wherever they are
 HUB_TIMEOUT = 10.0  # seconds
 
 
 @dataclass(frozen=True)
 class Materials:
-    """A backbone and documents."""
+    """Documents, and what is known of the backbone; the model itself is held by whoever uses it."""
 
-    model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     source: Source
     splits: data.Splits
     backbone: results.BackboneRecord
-    data: results.DataRecord
+    data: tuple[results.DataRecord, ...]
+    """Of each stage."""
+    sections: tuple[str, ...]
+    """The recipe's section with the data of each stage."""
+    adapter_revision: str | None = None
+    """Commit of a LoRA that came from the Hub."""
 
     @property
     def documents(self) -> tuple[results.ScoredDocument, ...]:
@@ -50,16 +59,16 @@ class Materials:
 
     def settle(self, recipe: Recipe) -> Recipe:
         """The recipe with the revisions that were found where it left them open."""
-        return settled(
-            recipe,
-            {
-                "backbone": {"revision": self.source.revision, "dtype": recipe.backbone.dtype},
-                "data": {"revision": self.splits.facts.get("revision")},
-            },
-        )
+        found = {"backbone.revision": self.source.revision}
+        found["backbone.adapter_revision"] = self.adapter_revision
+        for section, facts in zip(self.sections, self.splits.facts, strict=True):
+            found[f"{section}.revision"] = facts.get("revision")
+            for name, part in facts.get("parts", {}).items():
+                found[f"{section}.mix.{name}.revision"] = part.get("revision")
+        return settled(recipe, found)
 
 
-def load_materials(plan: RunPlan, progress: Silent) -> Materials:
+def load_materials(plan: RunPlan, progress: Silent) -> tuple[PreTrainedModel, Materials]:
     """Load the backbone and read the data.
 
     Raises:
@@ -69,29 +78,48 @@ def load_materials(plan: RunPlan, progress: Silent) -> Materials:
     recipe = plan.recipe
     progress.start("loading the backbone (a file in a package is first dequantised, once)")
     model, tokenizer, source = load_backbone(recipe.backbone, plan.device)
-    _check_window(recipe, model)
+    for stage in plan.stages:
+        _check_window(recipe, stage, model)
+    decoder = find_decoder(model)
     splits = data.prepare(
-        recipe.data,
+        plan.data,
         tokenizer,
-        train_blocks=plan.train_blocks,
         num_virtual_tokens=recipe.method.num_virtual_tokens,
         num_starts=plan.num_starts,
+        packs=keeps_sequences_apart(decoder, model.device),
         progress=progress,
     )
     _check_tokens(splits, model)
     # Licences are asked for now: nothing that can fail or hang may stand between the last step and
     # results.json.
-    backbone = _backbone_record(recipe, model, source)
-    data_licence = OWN_LICENCE.get(recipe.data.source)
-    if recipe.data.source == "hub":
-        data_licence = _hub_licence(str(recipe.data.path), dataset=True)
-    data_record = results.DataRecord(
-        source=recipe.data.source,
-        path=recipe.data.path,
-        license=data_licence,
-        facts=splits.facts,
+    records = tuple(
+        _data_record(stage.data, facts)
+        for stage, facts in zip(plan.stages, splits.facts, strict=True)
     )
-    return Materials(model, tokenizer, source, splits, backbone, data_record)
+    backbone = _backbone_record(recipe, model, source)
+    sections = tuple(_section(recipe, stage) for stage in plan.stages)
+    commit = _adapter_commit(recipe)
+    return model, Materials(tokenizer, source, splits, backbone, records, sections, commit)
+
+
+def _section(recipe: Recipe, stage: Stage) -> str:
+    """The section of a recipe that holds the data of a stage."""
+    return "data" if stage.data == recipe.data else f"stages.{stage.name}.data"
+
+
+def _adapter_commit(recipe: Recipe) -> str | None:
+    """The commit of a LoRA on the Hub, which is fetched now."""
+    adapter, revision = recipe.backbone.adapter, recipe.backbone.adapter_revision
+    if adapter is None or expand(adapter).is_dir():
+        return None
+    return fetched(adapter, revision, [ADAPTER, ADAPTER_WEIGHTS]).name
+
+
+def _data_record(asked: Data, facts: dict[str, Any]) -> results.DataRecord:
+    licence = OWN_LICENCE.get(asked.source)
+    if asked.source == "hub":
+        licence = _hub_licence(str(asked.path), dataset=True)
+    return results.DataRecord(source=asked.source, path=asked.path, license=licence, facts=facts)
 
 
 def _backbone_record(
@@ -114,13 +142,13 @@ def _backbone_record(
     )
 
 
-def _check_window(recipe: Recipe, model: PreTrainedModel) -> None:
+def _check_window(recipe: Recipe, stage: Stage, model: PreTrainedModel) -> None:
     """Refuse blocks and prompts that are longer than the backbone's window.
 
     A model with learned positions has none for them, and others were never trained on them.
     """
     window = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    lengths = {"data.block_size": recipe.data.block_size}
+    lengths = {f"{_section(recipe, stage)}.block_size": stage.data.block_size}
     if recipe.evaluation.speed:
         length = recipe.evaluation.prompt_tokens + recipe.evaluation.new_tokens
         lengths["evaluation.prompt_tokens + evaluation.new_tokens"] = length
@@ -135,10 +163,10 @@ def _check_window(recipe: Recipe, model: PreTrainedModel) -> None:
 def _check_tokens(splits: data.Splits, model: PreTrainedModel) -> None:
     """Refuse data with token ids that the model has no embedding for."""
     size = model.get_input_embeddings().num_embeddings
-    rows = [document.input_ids for document in (*splits.validation, *splits.test)]
-    rows += splits.starts.tolist()
-    blocks = splits.train.with_format("numpy")[:]["input_ids"]
-    largest = max(max(map(max, rows)), int(np.max(blocks, initial=0)))
+    documents = [*splits.test, *(x for each in splits.validation for x in each)]
+    rows = [document.input_ids for document in documents] + splits.starts.tolist()
+    rows += [ids for train in splits.train for ids in train["input_ids"]]
+    largest = max(map(max, rows))
     if largest >= size:
         raise RunError(
             f"The tokenizer gives token {largest}, and the backbone has embeddings for 0 to "
@@ -158,15 +186,15 @@ def _hub_licence(repository: str, dataset: bool = False) -> str | None:
     return ", ".join(named) if isinstance(named, list) else named
 
 
-def check_basis(folder: Path, materials: Materials) -> None:
+def check_basis(folder: Path, materials: Materials, dtype: str) -> None:
     """Record what a run's checkpoints are made on, or compare it with the record.
 
     Raises:
         RunError: The checkpoints were made on another backbone, other data, or in other arithmetic.
     """
     record = folder / CHECKPOINTS / BASIS
-    backbone, dtype = materials.source.fingerprint, str(materials.model.dtype)
-    data_hashes = materials.splits.facts["sha256"]
+    backbone = materials.source.fingerprint
+    data_hashes = [facts["sha256"] for facts in materials.splits.facts]
     now = {"backbone": backbone.to_dict(), "dtype": dtype, "data": data_hashes}
     if not record.is_file():
         write_atomically(record, json.dumps(now).encode())

@@ -7,7 +7,6 @@ from pathlib import Path
 from rich.console import Console
 
 from recycle import results
-from recycle.evaluate import measure
 from recycle.family import Family
 from recycle.family.adapters import attach, check_backbone
 from recycle.family.folder import read_members
@@ -19,6 +18,9 @@ from .folder import Found, RunError
 from .machine import describe
 from .materials import load_materials
 from .plan import plan_run
+from .story import measure_backbone, measure_streams
+from .streams import own_foundation
+from .weights import Foundation, foundation, measure_compared
 
 
 def measure_again(found: Found, out: str | None, command: str, console: Console) -> Results:
@@ -45,26 +47,32 @@ def measure_again(found: Found, out: str | None, command: str, console: Console)
         losses={model.name: model.losses for model in before.models},
     )
     with display(console) as progress:
-        materials = load_materials(plan, progress)
-        members = read_members(folder, Family.read(folder))
-        location = plan.recipe.backbone.id
-        check_backbone(members[0].config, materials.source.fingerprint, str(folder), location)
-        if materials.splits.facts["sha256"] != before.data.facts["sha256"]:
+        backbone, materials = load_materials(plan, progress)
+        if materials.splits.facts[-1]["sha256"] != before.data.facts["sha256"]:
             raise RunError(
                 f"The data at {plan.recipe.data.path or plan.recipe.data.source} are not those of "
                 "the run any more (their SHA-256 differs), so its test documents cannot be "
                 "measured again."
             )
-        model = attach(materials.model, members, folder)
+        members = read_members(folder, Family.read(folder))
+        base = Foundation(backbone, materials.source)
+        measured: list[results.Measurement] = []
         started = time.perf_counter()
+        if plan.leaves_backbone:
+            measured += measure_backbone(plan, materials, backbone, progress)
+            del backbone, base  # before another one is loaded
+            measured += measure_compared(plan, materials, progress)
+            base = own_foundation(plan) or foundation(plan, materials, {})
+        location = plan.recipe.backbone.id
+        check_backbone(members[0].config, base.source.fingerprint, str(folder), location)
+        model = attach(base.model, members, folder)
+        measured += measure_streams(plan, materials, model, progress)
         machine = describe(plan.device)
         # Elsewhere, and in another precision, the training's speed says nothing.
         comparable = machine == before.hardware and precision(materials.backbone) == precision(
             first
         )
-        speeds = {x.name: x.tokens_per_second for x in before.training if comparable}
-        documents = materials.splits.test
-        measurements = measure(model, documents, plan.recipe.evaluation, speeds, progress)
+        measured = results.with_training(measured, before.training if comparable else ())
     record = Results.model_validate(
         dict(before)
         | {
@@ -75,7 +83,7 @@ def measure_again(found: Found, out: str | None, command: str, console: Console)
             "packages": results.packages(),
             "hardware": machine,
             "backbone": materials.backbone,
-            "models": results.compare(materials.documents, measurements),
+            "models": results.compare(materials.documents, measured),
             "wall_seconds": before.wall_seconds.model_copy(
                 update={"announced": None, "evaluation": time.perf_counter() - started}
             ),

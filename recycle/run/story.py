@@ -1,30 +1,40 @@
-"""A run as a story: recipe -> plan -> backbone and data -> trainings -> comparison -> report."""
+"""A run as a story: recipe -> plan -> backbone and data -> weights -> streams -> comparison."""
 
 import shutil
 import time
 from datetime import UTC, datetime
 from typing import Any
 
-from peft import PeftModelForCausalLM
 from rich.console import Console
 
 from recycle import report, results
-from recycle.cost import Work, estimate_run
+from recycle.backbone.sample import linear_modules, watch
 from recycle.disk import write_atomically
-from recycle.evaluate import OutputHead, measure
-from recycle.family.adapters import save_family
-from recycle.parscale import ActiveStreams
-from recycle.progress import Silent, display, duration
+from recycle.evaluate import Pass, measure, passes_of
+from recycle.family import ADAPTED
+from recycle.family.folder import BACKBONE
+from recycle.progress import Silent, display
 from recycle.recipe import dump, identity
-from recycle.results import Results, TrainingRecord
-from recycle.train import add_adapter, steps_done, train
+from recycle.results import Measurement, Results
 from recycle.train.checkpoints import writing
 
+from .announcement import announce
 from .folder import CHECKPOINTS, RECIPE, RESULTS, Found, RunError, claimed, finished_results
 from .folder import saved_recipe as saved_recipe_of
 from .machine import describe
 from .materials import Materials, check_basis, load_materials
 from .plan import RunPlan, plan_run
+from .streams import states_to_start_from, train_streams
+from .weights import (
+    Foundation,
+    adapt,
+    bring_adapter,
+    count_parameters,
+    find_adapter,
+    foundation,
+    measure_compared,
+    train_compared,
+)
 
 
 def run_recipe(found: Found, command: str, console: Console) -> Results:
@@ -44,10 +54,13 @@ def run_recipe(found: Found, command: str, console: Console) -> Results:
     plan = plan_run(found)
     backbone = plan.recipe.backbone
     console.print(f"Backbone: {backbone.id} in {backbone.dtype} on {plan.device}")
-    console.print(f"Data: {plan.recipe.data.source} {plan.recipe.data.path or ''}".rstrip())
+    for text in dict.fromkeys(f"{x.data.source} {x.data.path or ''}" for x in plan.stages):
+        console.print(f"Data: {text}".rstrip())
     with display(console) as progress:
-        materials = load_materials(plan, progress)
+        model, materials = load_materials(plan, progress)
         recipe = materials.settle(plan.recipe)
+        adapter = find_adapter(plan, materials, model)
+        starts = states_to_start_from(plan)
         setup = time.perf_counter() - started
 
         with claimed(plan.folder):
@@ -56,16 +69,27 @@ def run_recipe(found: Found, command: str, console: Console) -> Results:
                     f"Another process has just finished {plan.folder}. Run again to see it."
                 )
             write_atomically(plan.folder / RECIPE, dump(recipe).encode())
-            check_basis(plan.folder, materials)
-            model, trainings, announced = _train_all(plan, materials, progress)
+            check_basis(plan.folder, materials, str(model.dtype))
+            bring_adapter(adapter, plan.folder)
+            announced = announce(plan, materials, model, progress)
+            base, trainings = Foundation(model, materials.source), []
+            measured: list[Measurement] = []
+            if plan.leaves_backbone:
+                measured += measure_backbone(plan, materials, model, progress)
+                untouched = watch(model, linear_modules(model))
+                del model, base  # before another one is loaded
+                trainings += train_compared(plan, materials, progress)
+                trainings += adapt(plan, materials, progress)
+                measured += measure_compared(plan, materials, progress)
+                base = foundation(plan, materials, untouched)
+            streams, records = train_streams(plan, materials, base, starts, progress)
+            trainings += records
             with writing(plan.folder):
-                save_family(model, plan.folder, materials.source.fingerprint)
                 materials.tokenizer.save_pretrained(plan.folder)
 
             started = time.perf_counter()
-            speeds = {training.name: training.tokens_per_second for training in trainings}
-            documents = materials.splits.test
-            measurements = measure(model, documents, recipe.evaluation, speeds, progress)
+            measured += measure_streams(plan, materials, streams, progress)
+            measured = results.with_training(measured, trainings)
             evaluation = time.perf_counter() - started
             record = Results(
                 name=recipe.name,
@@ -75,12 +99,13 @@ def run_recipe(found: Found, command: str, console: Console) -> Results:
                 recipe_identity=identity(recipe),
                 packages=results.packages(),
                 hardware=describe(plan.device),
-                seeds={"data": recipe.data.seed, "training": recipe.training.seed},
+                seeds={"data": plan.stages[-1].data.seed, "training": recipe.training.seed},
                 backbone=materials.backbone,
-                data=materials.data,
-                training=trainings,
+                data=materials.data[-1],
+                adapt_data=materials.data[0] if len(materials.data) > 1 else None,
+                training=tuple(trainings),
                 documents=materials.documents,
-                models=results.compare(materials.documents, measurements),
+                models=results.compare(materials.documents, measured),
                 wall_seconds=results.WallSeconds(
                     announced=announced,
                     setup=setup,
@@ -96,53 +121,32 @@ def run_recipe(found: Found, command: str, console: Console) -> Results:
     return record
 
 
-def _train_all(
-    plan: RunPlan, materials: Materials, progress: Silent
-) -> tuple[PeftModelForCausalLM, tuple[TrainingRecord, ...], float]:
-    """Train the adapters of a plan: the model with all of them, records, announced seconds."""
-    recipe, splits = plan.recipe, materials.splits
-    model: Any = materials.model
-    records = []
-    for training in plan.trainings:
-        quantization = materials.source.quantization
-        model = add_adapter(model, training, recipe.method, splits.starts, quantization)
-        if training is plan.trainings[0]:
-            announced = _announce(plan, materials, model, progress)
-        batch_size = recipe.evaluation.batch_size
-        records.append(
-            train(model, training, splits.train, splits.validation, batch_size, progress)
-        )
-    return model, tuple(records), announced
+def measure_backbone(
+    plan: RunPlan, materials: Materials, model: Any, progress: Silent
+) -> list[Measurement]:
+    """The untouched backbone, where the streams are put on another model: its speed is P = 1's."""
+    settings = plan.recipe.evaluation.model_copy(update={"speed": False})
+    passes = [Pass(None, [results.BACKBONE])]
+    return measure(model, passes, materials.splits.test, settings, materials.tokenizer, progress)
 
 
-def _announce(
-    plan: RunPlan, materials: Materials, model: PeftModelForCausalLM, progress: Silent
-) -> float:
-    """Say from where a run goes on, and what the rest of it will take; the seconds."""
-    progress.start("estimating time and memory")
-    block, test = plan.recipe.data.block_size, len(materials.splits.test)
-    work, parts = [], []
-    for training in plan.trainings:
-        done = steps_done(training)
-        learned = (training.steps - done) * training.tokens_per_step
-        blocks = training.validations(done) * len(materials.splits.validation) + test
-        active = ActiveStreams(training.adapter, training.num_streams, training.p_values)
-        work.append(Work(active, learned, blocks * block))
-        begun = f" of {training.tokens:,}, going on from a checkpoint" if done else ""
-        parts.append(f"{training.adapter} on {learned:,} tokens{begun}")
-    with OutputHead(model) as head:
-        expected = estimate_run(
-            model,
-            head.log_probs,
-            work,
-            backbone_read=test * block,
-            block_size=block,
-            micro_batch_size=plan.recipe.training.micro_batch_size,
-            gradient_checkpointing=plan.recipe.training.gradient_checkpointing,
-        )
-    memory = f"{expected.gib:.1f} GiB of {'GPU ' if plan.device == 'cuda' else ''}memory"
-    progress.say(
-        f"Expected: {duration(expected.seconds)} and {memory}, for training {', '.join(parts)}, "
-        "and the comparison"
-    )
-    return expected.seconds
+def measure_streams(
+    plan: RunPlan, materials: Materials, model: Any, progress: Silent
+) -> list[Measurement]:
+    """The model that the streams were put on, the control and each P."""
+    adapted = plan.folder / ADAPTED
+    alone = results.ADAPTED if adapted.is_dir() else results.BACKBONE
+    passes, parameters = passes_of(model, alone), {}
+    if adapted.is_dir():
+        parameters[alone] = count_parameters(adapted)
+    own = 0
+    if plan.streams[0].all_weights:
+        passes, parameters = passes[1:], {}
+        own = count_parameters(plan.folder / BACKBONE)
+    settings = plan.recipe.evaluation
+    test, tokenizer = materials.splits.test, materials.tokenizer
+    measured = measure(model, passes, test, settings, tokenizer, progress, parameters)
+    more = [x.adapter_parameters + own for x in measured]
+    return [
+        x.model_copy(update={"adapter_parameters": n}) for x, n in zip(measured, more, strict=True)
+    ]

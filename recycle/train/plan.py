@@ -1,30 +1,59 @@
 """What one training is to do, settled before it starts."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from recycle.parscale import ActiveStreams
 from recycle.recipe import Training
 
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """One training of a run: one adapter, and all P that it learns to serve."""
+    """One training: streams for the P that they learn to serve, or the weights at P = 1."""
 
     adapter: str
+    """Its name: that of an adapter, or "adapted" and "compared" where the weights learn."""
+    rows: tuple[str, ...]
+    """What its models are called in the table, one for each P."""
     p_values: tuple[int, ...]
     steps: int
-    """Optimiser steps; 0 leaves the adapter at its start."""
+    """Optimiser steps; 0 leaves it at its start."""
     block_size: int
     """Tokens of a block."""
     learning_rates: Mapping[str, float]
-    """By the group of parameters, "prefix" and "aggregator"."""
+    """By the group of parameters: "prefix", "aggregator", "lora", and "full" for all weights."""
     settings: Training
     """Batch, schedule, seed, and how often to validate and to save."""
     log_steps: int
     """Steps between two points of the recorded training loss."""
     folder: Path
     """Of its checkpoints, and of what it learned when it is finished."""
+    dtype: str = "float32"
+    """What the backbone computes in."""
+    loss_weights: Mapping[int, float] = field(default_factory=dict)
+    """Weight of each P in the loss; 1 where not given."""
+    in_order: bool = False
+    """Rows are read one after the other, the first stage's before the second's."""
+    own_loss: float = 0.0
+    """Share of the loss that is the mean of what each stream alone would have."""
+
+    @property
+    def active(self) -> ActiveStreams | None:
+        """The streams that learn; None where there are none."""
+        if "prefix" not in self.learning_rates:
+            return None
+        return ActiveStreams(self.adapter, self.p_values[-1], self.p_values)
+
+    @property
+    def all_weights(self) -> bool:
+        """Whether the backbone's own weights learn."""
+        return "full" in self.learning_rates
+
+    def frozen(self) -> "TrainingPlan":
+        """The same without the backbone's own weights."""
+        rates = {group: rate for group, rate in self.learning_rates.items() if group != "full"}
+        return replace(self, learning_rates=rates)
 
     @property
     def num_streams(self) -> int:

@@ -7,32 +7,42 @@ import math
 import shutil
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import datasets
 import torch
-from peft import PeftModelForCausalLM
 from torch import Tensor
-from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
+from torch.utils.data import SequentialSampler
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer_callback import PrinterCallback
 
-from recycle.data import IGNORED, Document
+from recycle.data import Document
 from recycle.disk import write_atomically
-from recycle.evaluate import OutputHead, document_losses, passes_of, range_advice
-from recycle.parscale import ActiveStreams, adapter_parameters
+from recycle.evaluate import OutputHead, Pass, document_losses, range_advice
 from recycle.progress import Silent
-from recycle.results import CurvePoint, LossPoint, TrainingRecord
+from recycle.results import CurvePoint, LossPoint, TrainingRecord, token_mean
 
+from .arguments import collate, trainer_arguments
 from .checkpoints import RECORD, TrainingError, seal, writing
+from .learned import learned_parameters, load_learned, save_learned
 from .plan import TrainingPlan
 
+LEARNED = "learned.safetensors"
+BEST = "best-{}.safetensors"  # what had been learned at a step, until a later one is better
+# The field of a recipe that each group's learning rate is from, in a stage or the comparison.
+RATE_FIELDS = {
+    "prefix": "stages.streams.prefix_learning_rate or stages.streams.control_learning_rate",
+    "aggregator": "stages.streams.aggregator_learning_rate",
+    "lora": "stages.adapt.learning_rate or evaluation.compare_learning_rate",
+    "full": "stages.adapt.learning_rate or stages.streams.weights_learning_rate",
+}
 ADVICE = (
-    "The last good checkpoint is kept. Lower training.prefix_learning_rate, "
-    "training.control_learning_rate or training.aggregator_learning_rate, and start in a new "
-    "folder with output.dir=FOLDER."
+    "The last good checkpoint is kept. Lower {}, and start in a new folder with output.dir=FOLDER."
 )
-SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 
 
 class StreamTrainer(Trainer, TrainerCallback):
@@ -44,7 +54,7 @@ class StreamTrainer(Trainer, TrainerCallback):
 
     def __init__(
         self,
-        model: PeftModelForCausalLM,
+        model: Any,
         plan: TrainingPlan,
         blocks: datasets.Dataset,
         validation: Sequence[Document],
@@ -60,13 +70,13 @@ class StreamTrainer(Trainer, TrainerCallback):
         self.started = self.begun = 0.0
         self.seconds = 0.0  # in optimiser steps, of this and earlier processes
         self.record = first_record(plan)
-        self.active = ActiveStreams(plan.adapter, plan.num_streams, plan.p_values)
-        weights = torch.tensor([plan.settings.loss_weights.get(p, 1.0) for p in plan.p_values])
+        weights = torch.tensor([plan.loss_weights.get(p, 1.0) for p in plan.p_values])
         self.weights = (weights / weights.sum()).to(model.device)  # [|P|]
         self.losses: list[Tensor] = []  # [|P|] of each micro-batch; they add up to the step's
-        self.advice = range_advice(model) + ADVICE
-        self.learned = adapter_parameters(model, plan.adapter)
         rates = plan.learning_rates
+        advice = ADVICE.format(", or ".join(RATE_FIELDS[group] for group in rates))
+        self.advice = range_advice(model) + advice
+        self.learned = learned_parameters(model, plan)
         groups = [
             {"params": [x.parameter for x in self.learned if x.group == group], "lr": rates[group]}
             for group in rates
@@ -83,9 +93,9 @@ class StreamTrainer(Trainer, TrainerCallback):
         ]
         super().__init__(
             model=model,
-            args=_arguments(plan, model.device),
+            args=trainer_arguments(plan, model.device),
             train_dataset=blocks,
-            data_collator=_collate,
+            data_collator=collate,
             optimizers=(optimizer, None),
             callbacks=[self],
         )
@@ -103,16 +113,23 @@ class StreamTrainer(Trainer, TrainerCallback):
 
         Args:
             model: The PEFT model.
-            inputs: `input_ids` and `labels`, `[B, S]`.
+            inputs: `input_ids`, `labels` and perhaps `position_ids`, `[B, S]`.
             return_outputs: Not used.
             num_items_in_batch: Labels in the step, over all of its micro-batches.
         """
         assert num_items_in_batch is not None
         self.predicted = num_items_in_batch
-        log_probs = self.head.log_probs(self.active, inputs["input_ids"], inputs["labels"])
-        losses = -log_probs.sum(dim=(1, 2)) / num_items_in_batch  # [|P|]
+        active, own = self.plan.active, self.plan.own_loss
+        if active is not None and own:
+            active = replace(active, apart=True)
+        with self._arithmetic():
+            log_probs = self.head.log_probs(active, **inputs)
+        each = -log_probs.sum(dim=(1, 2)) / num_items_in_batch  # [|P|], then [P] of streams alone
+        losses, alone = each.tensor_split([len(self.plan.p_values)])
         self.losses.append(losses.detach())
         loss = (losses * self.weights).sum()
+        if own:
+            loss = (1 - own) * loss + own * alone.mean()
         if self.in_float16:
             loss.register_hook(lambda gradient: gradient * self.predicted)
         return loss
@@ -126,10 +143,30 @@ class StreamTrainer(Trainer, TrainerCallback):
             self._check(self.state.global_step + 1)
         return loss
 
+    def _count_operations(self) -> float:
+        """Floating-point operations of a row's forward and backward pass, for each token.
+
+        In a pass of its own: counting chooses other kernels, which round in another way.
+        """
+        model: Any = self.model.train()
+        inputs = self._prepare_inputs(collate([self.train_dataset[0]]))
+        with torch.random.fork_rng(), FlopCounterMode(display=False) as counter:
+            self.compute_loss(model, inputs, num_items_in_batch=1).backward()
+        model.zero_grad(set_to_none=True)
+        self.losses.clear()
+        return float(counter.get_total_flops() / inputs["input_ids"].numel())
+
+    def _arithmetic(self) -> AbstractContextManager[Any]:
+        """Weights that learn are float32 and compute in the backbone's own dtype."""
+        dtype = getattr(torch, self.plan.dtype)
+        mixed = self.plan.all_weights and dtype != torch.float32
+        return torch.autocast(self.model.device.type, dtype=dtype, enabled=mixed)
+
     def _check(self, step: int) -> None:
         """Stop before an update with a loss or a gradient that is missing or not finite."""
         for x in self.learned:
-            if x.parameter.grad is None:
+            # Of other weights some need not be in a pass: experts, parts for images.
+            if x.parameter.grad is None and x.group in ("prefix", "aggregator"):
                 raise TrainingError(
                     f"The gradient of {x.name} is missing at step {step}: the backbone's kernels "
                     f"pass none on. {self.advice}"
@@ -141,21 +178,30 @@ class StreamTrainer(Trainer, TrainerCallback):
         *self.step_losses, total = torch.cat([losses, norm.view(1)]).tolist()  # waits for the GPU
         if not all(map(math.isfinite, self.step_losses)):
             raise TrainingError(
-                f"The training loss of adapter {self.plan.adapter!r} is not finite at step {step}: "
+                f"The training loss of {self.plan.adapter!r} is not finite at step {step}: "
                 f"{self.step_losses} for P = {list(self.plan.p_values)}. {self.advice}"
             )
         if not math.isfinite(total):
-            finite = [bool(torch.isfinite(gradient).all()) for gradient in gradients]
-            name = self.learned[finite.index(False)].name
+            name = next(
+                x.name
+                for x in self.learned
+                if x.parameter.grad is not None and not torch.isfinite(x.parameter.grad).all()
+            )
             raise TrainingError(
                 f"The gradient of {name} is not finite at step {step}: a learning rate is too "
                 f"high. {self.advice}"
             )
 
     def release(self) -> None:
-        """Take the hooks off the adapter."""
+        """Take the hooks off the adapter, and let go of the model: a callback holds its trainer."""
         for hook in self.hooks:
             hook.remove()
+        self.callback_handler.callbacks.clear()
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        if self.plan.in_order:
+            return SequentialSampler(train_dataset or self.train_dataset)
+        return super()._get_train_sampler(train_dataset)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         for x in self.learned:
@@ -170,6 +216,16 @@ class StreamTrainer(Trainer, TrainerCallback):
         except TrainingError:
             shutil.rmtree(checkpoint, ignore_errors=True)
             raise
+        kept = BEST.format(self.record.kept_step)
+        for best in self.plan.folder.glob(BEST.format("*")):
+            if best.name != kept:  # no checkpoint goes back to before it
+                best.unlink()
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        save_learned(self.learned, Path(str(output_dir)) / LEARNED)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        load_learned(self.learned, Path(resume_from_checkpoint) / LEARNED)
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         plan = self.plan
@@ -178,6 +234,9 @@ class StreamTrainer(Trainer, TrainerCallback):
             record = TrainingRecord.model_validate_json((checkpoint / RECORD).read_text())
             self.seconds = record.tokens / record.tokens_per_second  # type: ignore[operator]
             self.record = record
+        else:
+            per_token = self._count_operations()
+            self.record = self.record.model_copy(update={"flops_per_token": per_token})
         self.progress.start(f"training {plan.adapter}", plan.tokens, self.record.tokens)
         self.begun = time.perf_counter() - self.record.wall_seconds
         if not state.global_step:
@@ -192,8 +251,10 @@ class StreamTrainer(Trainer, TrainerCallback):
         weighted = zip(self.weights.tolist(), self.step_losses, strict=True)
         loss = sum(weight * loss for weight, loss in weighted)
         tokens = step * plan.tokens_per_step
+        learned = (self.record.learned_tokens or 0) + int(self.predicted)
         found: dict[str, Any] = {
             "tokens": tokens,
+            "learned_tokens": learned,
             "steps": step,
             "tokens_per_second": tokens / self.seconds,
             "stream_tokens_per_second": tokens * plan.num_streams / self.seconds,
@@ -209,62 +270,42 @@ class StreamTrainer(Trainer, TrainerCallback):
         self.record = self.record.model_copy(update=elapsed)
 
     def _validate(self, state: TrainerState) -> None:
-        model, adapter = self.head.model, self.plan.adapter
-        model.eval()
-        passes = passes_of(model, adapter)
-        losses = document_losses(self.head, passes, self.validation, self.batch_size)
-        means = {name: sum(values) / len(values) for name, values in losses.items()}
+        plan, step = self.plan, state.global_step
+        self.head.model.eval()
+        with self._arithmetic():
+            passes = [Pass(plan.active, list(plan.rows))]
+            losses = document_losses(self.head, passes, self.validation, self.batch_size)
+        tokens_of = [document.predicted_tokens for document in self.validation]
+        means = {name: token_mean(each, tokens_of) for name, each in losses.items()}
         if not all(map(math.isfinite, means.values())):
             raise TrainingError(
-                f"The validation loss is not finite at step {state.global_step}: {means}. "
-                f"{self.advice}"
+                f"The validation loss is not finite at step {step}: {means}. {self.advice}"
             )
-        tokens = state.global_step * self.plan.tokens_per_step
-        point = CurvePoint(step=state.global_step, tokens=tokens, validation_loss=means)
+        tokens = step * plan.tokens_per_step
+        point = CurvePoint(step=step, tokens=tokens, validation_loss=means)
         curve = (*self.record.curve, point)
-        self.record = self.record.model_copy(update={"curve": curve})
+        best = min(curve, key=self._weighted)
+        self.record = self.record.model_copy(update={"curve": curve, "kept_step": best.step})
+        if best is point and step < plan.steps:
+            with writing(plan.folder):
+                save_learned(self.learned, plan.folder / BEST.format(step))
         self.progress.say(
-            f"{adapter}: {tokens:,} tokens, validation loss "
+            f"{plan.adapter}: {tokens:,} tokens, validation loss "
             + ", ".join(f"{name} {mean:.4f}" for name, mean in means.items())
         )
+
+    def _weighted(self, point: CurvePoint) -> float:
+        weights = zip(self.weights.tolist(), point.validation_loss.values(), strict=True)
+        return sum(weight * loss for weight, loss in weights)
 
 
 def first_record(plan: TrainingPlan) -> TrainingRecord:
     """The record of a training before its first step."""
     return TrainingRecord(
-        name=plan.adapter, p_values=plan.p_values, tokens=0, steps=0, wall_seconds=0
+        name=plan.adapter,
+        p_values=plan.p_values,
+        tokens=0,
+        steps=0,
+        wall_seconds=0,
+        master_dtype="float32" if plan.all_weights else None,
     )
-
-
-def _arguments(plan: TrainingPlan, device: torch.device) -> TrainingArguments:
-    settings = plan.settings
-    return TrainingArguments(
-        output_dir=str(plan.folder),
-        max_steps=plan.steps,
-        per_device_train_batch_size=settings.micro_batch_size,
-        gradient_accumulation_steps=settings.batch_size // settings.micro_batch_size,
-        lr_scheduler_type=SCHEDULES[settings.decay],
-        # The first step of a warm-up has a rate of zero: it must not be the only one.
-        warmup_steps=min(math.ceil(settings.warmup * plan.steps), plan.steps - 1),
-        max_grad_norm=settings.max_grad_norm,
-        gradient_checkpointing=settings.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False},
-        save_steps=settings.checkpoint_steps,
-        save_total_limit=2,
-        logging_strategy="no",
-        logging_nan_inf_filter=False,
-        seed=settings.seed,
-        bf16=False,  # the backbone's own dtype decides; adapters stay in float32
-        fp16=False,
-        use_cpu=device.type == "cpu",
-        remove_unused_columns=False,
-        report_to="none",
-        disable_tqdm=True,
-    )
-
-
-def _collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
-    """`input_ids` and `labels`, `[B, S]`; nothing predicts the first token."""
-    ids, labels = (torch.tensor([row[key] for row in rows]) for key in ("input_ids", "labels"))
-    labels[:, 0] = IGNORED
-    return {"input_ids": ids, "labels": labels}

@@ -4,6 +4,7 @@ Reading order: `layout.py` (its names and shapes), `importer.py` and `exporter.p
 `qwen2.py` (its config.json), `checkpoint.py` and `tensors.py` (its files).
 """
 
+from .adapted import export_adapted
 from .exporter import export_checkpoint
 from .importer import import_checkpoint
 from .tensors import CheckpointError

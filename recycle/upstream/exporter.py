@@ -1,18 +1,20 @@
 """A family's adapter and its backbone, written as a checkpoint of upstream's (QwenLM/ParScale)."""
 
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from recycle.backbone.source import SINGLE, TOKENIZER_FILES, read_config
+from recycle.backbone.source import SINGLE, TOKENIZER_FILES, SourceFiles, read_config
 from recycle.disk import expand
 from recycle.family import Family
 from recycle.family.adapters import find_backbone
-from recycle.family.folder import Member, find_folder, read_members
+from recycle.family.folder import Member, find_folder, find_lora, read_members
 
+from .adapted import write_merged
 from .checkpoint import GENERATION, check_new, copy_files, new_folder, write_model
 from .layout import (
     BIASES,
@@ -41,7 +43,8 @@ def export_checkpoint(
     """Write a checkpoint that upstream's code loads; `import_checkpoint` gives the adapter back.
 
     Tensors of the streams are float32, whatever the backbone's precision. The backbone's are copied
-    from its own files, which keep their names; a Llama becomes a Qwen2 whose biases are zero.
+    from its own files, which keep their names, or merged with the LoRA of the run; a Llama becomes
+    a Qwen2 whose biases are zero.
 
     Args:
         source: A run folder, the folder of one adapter, or the Hub id of either.
@@ -68,9 +71,19 @@ def export_checkpoint(
     check_new(out)
     folder = find_folder(source, revision)
     family = Family.read(folder)
-    p = family.exported_p(p, str(source))
+    p = family.exported_p(p, str(source), folder)
     member = next(m for m in read_members(folder, family) if p in (m.config.p_values or []))
     files = find_backbone(folder, member.config, str(source), backbone)
+    lora = find_lora(folder, member.config)
+    if lora is not None:
+        with tempfile.TemporaryDirectory(dir=out.absolute().parent) as merged:
+            dtype = member.config.backbone_dtype
+            files = write_merged(files, lora, dtype, Path(merged))
+            return _export(files, member, p, folder, out)
+    return _export(files, member, p, folder, out)
+
+
+def _export(files: SourceFiles, member: Member, p: int, folder: Path, out: Path) -> Path:
     raw = read_config(files)
     config = upstream_config(raw, files.id)
     llama = raw["model_type"] == "llama"

@@ -54,7 +54,8 @@ def test_a_model_and_a_data_set(hub: Hub, tmp_path: Path) -> None:
     assert "Recipe: default recipe for the Hub model tiny/model" in done.stdout
     (folder,) = (tmp_path / "runs").iterdir()
     record = results.read(folder / "results.json")
-    assert [model.name for model in record.models] == ["backbone", "control", "P = 2", "P = 4"]
+    names = [model.name for model in record.models]
+    assert names == ["backbone", "P = 1", "control", "P = 2", "P = 4"]
     commits = {
         kind: hub.repository(kind, name).commit
         for kind, name in (("models", "tiny/model"), ("datasets", "tiny/data"))

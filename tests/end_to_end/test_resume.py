@@ -89,7 +89,8 @@ def test_killed_in_every_part(undisturbed: Results, tmp_path: Path, tiny_folder:
         assert done.returncode == -signal.SIGKILL, (place, done.stdout, done.stderr)
 
     kill("nested/checkpoint-10/complete")  # written, and not yet sealed
-    assert sorted(path.name for path in nested.iterdir()) == ["checkpoint-10", "checkpoint-5"]
+    left = sorted(path.name for path in nested.glob("checkpoint-*"))
+    assert left == ["checkpoint-10", "checkpoint-5"]
     kill("nested/finished/training.json")
     assert (nested / "checkpoint-30" / "complete").is_file()
     kill("nested/checkpoint-30")  # removed where they are not needed any more
@@ -146,3 +147,47 @@ def test_stopped_by_the_user(undisturbed: Results, tmp_path: Path, tiny_folder: 
     left, whole = 15 * STEP_TOKENS, 30 * STEP_TOKENS
     assert f"nested on {left:,} tokens of {whole:,}, going on from a checkpoint" in done.stdout
     assert_same(read(tmp_path), undisturbed)
+
+
+@pytest.mark.slow
+def test_killed_in_and_between_both_stages(tmp_path: Path, tiny_folder: Path) -> None:
+    both = {
+        "training.tokens": 20 * STEP_TOKENS,
+        "training.checkpoint_steps": 4,
+        "training.validation_steps": 4,
+        "stages.adapt.train": "lora",
+        "stages.adapt.learning_rate": 1e-2,
+        "evaluation.compare": ["lora"],
+    }
+    for name in ("whole", "killed"):
+        (tmp_path / name).mkdir()
+        write_recipe(tmp_path / name, tiny_folder, **both)
+    done = recycle("run", "tiny.yaml", cwd=tmp_path / "whole")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    run = tmp_path / "killed" / "runs" / "tiny"
+    first = {}
+    for place in (
+        "compared/checkpoint-8/complete",
+        "tiny/lora/complete",  # the adapter is written, and not yet sealed
+        "checkpoints/adapted/checkpoint-12/complete",
+        "checkpoints/adapted/finished/complete",
+        "tiny/adapted/complete",
+        "nested/finished/complete",
+        "tiny/family.json",
+        "tiny/results.json",
+    ):
+        done = stopped(tmp_path / "killed", signal.SIGKILL, place)
+        assert done.returncode == -signal.SIGKILL, (place, done.stdout, done.stderr)
+        sealed = (run / "adapted" / "complete").is_file()
+        assert sealed == (
+            place.startswith("nested") or place in ("tiny/family.json", "tiny/results.json")
+        )
+        for file in (run / "adapted").glob("training.json"):
+            first.setdefault("adapted", json.loads(file.read_text()))
+    done = recycle("run", run, cwd=tmp_path)  # the run's folder is enough to go on with it
+    assert done.returncode == 0, done.stderr
+    found = read(tmp_path / "killed")
+    assert_same(found, read(tmp_path / "whole"))
+    by_name = {training.name: training for training in found.training}
+    assert by_name["adapted"].model_dump(mode="json") == first["adapted"]  # not trained again

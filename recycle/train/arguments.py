@@ -1,0 +1,63 @@
+"""What transformers' Trainer is told of a plan, and how it makes a batch of rows.
+
+Dimensions: B rows of a micro-batch, S tokens of the longest.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import TrainingArguments
+
+from recycle.data import IGNORED
+
+from .plan import TrainingPlan
+
+SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
+
+
+def trainer_arguments(plan: TrainingPlan, device: torch.device) -> TrainingArguments:
+    """The settings of transformers' Trainer that make it carry out a plan, and nothing else."""
+    settings = plan.settings
+    return TrainingArguments(
+        output_dir=str(plan.folder),
+        max_steps=plan.steps,
+        per_device_train_batch_size=settings.micro_batch_size,
+        gradient_accumulation_steps=settings.batch_size // settings.micro_batch_size,
+        lr_scheduler_type=SCHEDULES[settings.decay],
+        # The first step of a warm-up has a rate of zero: it must not be the only one.
+        warmup_steps=min(math.ceil(settings.warmup * plan.steps), plan.steps - 1),
+        max_grad_norm=settings.max_grad_norm,
+        gradient_checkpointing=settings.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+        save_steps=settings.checkpoint_steps,
+        save_total_limit=2,
+        logging_strategy="no",
+        logging_nan_inf_filter=False,
+        seed=settings.seed,
+        bf16=False,  # the backbone's own dtype decides; adapters stay in float32
+        fp16=False,
+        use_cpu=device.type == "cpu",
+        remove_unused_columns=False,
+        report_to="none",
+        disable_tqdm=True,
+    )
+
+
+def collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+    """The columns of the rows, `[B, S]`; nothing predicts the first token.
+
+    Shorter rows are padded on the right, for which causal attention needs no mask.
+    """
+    batch = {
+        key: pad_sequence(
+            [torch.tensor(row[key]) for row in rows],
+            batch_first=True,
+            padding_value=IGNORED if key == "labels" else 0,
+        )
+        for key in rows[0]
+    }
+    batch["labels"][:, 0] = IGNORED
+    return batch
