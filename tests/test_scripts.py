@@ -347,11 +347,11 @@ def test_the_demo_without_speeds_is_a_table_without_them(update_readme, monkeypa
     assert "tokens/s" not in table
 
 
-TABLES = ("demo", "two-stage")
+TABLES = ("two-stage",)
 
 
 def test_stale_tables_are_found_and_made_anew(update_readme, tmp_path, monkeypatch):
-    with pytest.raises(SystemExit, match=r"README\.md lacks the lines .*\n<!-- demo: made by"):
+    with pytest.raises(SystemExit, match=r"README\.md lacks the lines .*\n<!-- two-stage: made by"):
         update_readme.update("# Nothing\n")
     measured = tmp_path / "scripts/measured"
     measured.mkdir(parents=True)
@@ -373,11 +373,9 @@ def test_stale_tables_are_found_and_made_anew(update_readme, tmp_path, monkeypat
     run_script()
     run_script("--check")
     readme = (tmp_path / "README.md").read_text()
-    tables = update_readme.demo_table(), update_readme.two_stage_table()
-    assert readme == "".join(
-        f"before\n{opening}\n{table}\n{closing}\nafter\n"
-        for (opening, closing), table in zip(marks, tables, strict=True)
-    )
+    ((opening, closing),) = marks
+    table = update_readme.two_stage_table()
+    assert readme == f"before\n{opening}\n{table}\n{closing}\nafter\n"
     (measured / "README.md").write_text("old")
     with pytest.raises(SystemExit, match=r"^scripts/measured/README\.md is stale"):
         run_script("--check")
