@@ -74,9 +74,7 @@ def state_findings(results: Results) -> list[str]:
                 sentence += ". This run does not show that it is better than plain prefix tuning"
         if model.minus_weights is not None:
             alone = next(x.name for x in results.models if x.name in (LORA, WEIGHTS))
-            sentence += f"; against {alone} on the same tokens it is " + _compare(
-                model.minus_weights, alone
-            )
+            sentence += f"; on the same tokens it is {_compare(model.minus_weights, alone)}"
         if model.right is not None:
             sentence += f". It answers {sum(model.right)} of {len(model.right)} right"
         sentences.append(f"{sentence}.")
