@@ -1013,3 +1013,16 @@ def test_reading_a_recipe_imports_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
+
+
+def test_adapters_and_families_that_are_not_there() -> None:
+    (missing,) = least("backbone.adapter=./nowhere").missing
+    assert missing.startswith("command line: backbone.adapter = ./nowhere: there is no such file")
+    (missing,) = least("backbone.adapter=texts").missing
+    assert missing.endswith("the folder holds no adapter_config.json, so it is no LoRA")
+    (missing,) = least("stages.streams.start=./nowhere").missing
+    assert "stages.streams.start = ./nowhere: there is no such file or folder" in missing
+    assert least("backbone.adapter=org/lora").missing == ()
+    (problem,) = problems("least.yaml", "stages.adapt=none")
+    assert "is a section, no value; set stages.adapt.tokens, " in problem
+    assert "stages.adapt.data.source" not in problem

@@ -20,6 +20,12 @@ from .fields import FIELDS, SECTIONS, pattern
 FRAGMENTS = {"backbone": "models", "data": "data", "training": "training"} | {
     section: "data" for section in SECTIONS if section.endswith((".data", ".mix.*"))
 }
+# What the folder of a thing holds, where it is not on the Hub.
+HOLDS: dict[str, dict[str, str]] = {
+    "model": {"model": "config.json"},
+    "adapter": {"LoRA": "adapter_config.json"},
+    "family": {},
+}
 TEXT_FILE = re.compile(r"\.(jsonl?|txt|md|gz)$")
 
 
@@ -69,7 +75,8 @@ def choices_hint(word: str, choices: Sequence[str]) -> str:
 
 def section_hint(section: str) -> str:
     """What to write for a section."""
-    inside = (key for key in FIELDS if key.startswith(f"{pattern(section)}.") and "*" not in key)
+    keys = (key for key in (*FIELDS, *SECTIONS) if "*" not in key)
+    inside = [key for key in keys if key.rpartition(".")[0] == pattern(section)]
     return f"set {', '.join(inside)}{fragment_hint(section)}"
 
 
@@ -107,7 +114,7 @@ def path_hint(section: str, value: files.Raw, in_file: bool) -> str:
 
 
 def path_problem(kind: str, value: str) -> str:
-    """What the disk shows to be wrong with a path; `kind` is a data source, or "model"."""
+    """What the disk shows to be wrong with a path; `kind` is a data source, or one of `HOLDS`."""
     path = expand(value)
     is_folder = os.path.isdir(path)
     if kind == "hub" and os.path.exists(value):  # load_dataset would read it in place of the Hub's
@@ -118,11 +125,12 @@ def path_problem(kind: str, value: str) -> str:
     if kind in ("jsonl", "parquet") and is_folder:
         inside = f"data.path='{value.rstrip('/')}/*.{kind}'"
         return f"{kind} reads a file or a glob; the files of this folder are {inside}"
-    if kind == "model" and is_folder and not os.path.isfile(path / "config.json"):
-        return "the folder holds no config.json, so it is no model"
+    for what, file in HOLDS.get(kind, {}).items():
+        if is_folder and not os.path.isfile(path / file):
+            return f"the folder holds no {file}, so it is no {what}"
     # On the Hub a model is `name` or `owner/name`, and one inside a package has a :// in it.
     local = value.startswith((".", "~", os.sep)) or (value.count("/") > 1 and "://" not in value)
-    elsewhere = not local if kind == "model" else kind not in ("files", "jsonl", "parquet")
+    elsewhere = not local if kind in HOLDS else kind not in ("files", "jsonl", "parquet")
     matches = glob.iglob(str(path), recursive=True) if glob.has_magic(value) else ()
     there = elsewhere or os.path.exists(path) or any(matches)
     return "" if there else f"there is no such file or folder (looked from {Path.cwd()})"

@@ -283,7 +283,8 @@ class _Draft:
 
     def _missing_paths(self) -> Iterator[str]:
         """Paths that are set and that the disk shows to be wrong."""
-        paths = {"backbone.id": "model"}
+        paths = {"backbone.id": "model", "backbone.adapter": "adapter"}
+        paths["stages.streams.start"] = "family"
         for key in self.values:
             section, _, name = key.rpartition(".")
             if name in ("path", "test_path"):
