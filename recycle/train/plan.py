@@ -6,6 +6,18 @@ from pathlib import Path
 
 from recycle.parscale import ActiveStreams
 from recycle.recipe import Training
+from recycle.results import TrainingRecord
+
+# The field of a recipe that each group's learning rate is from, in a stage or the comparison.
+RATE_FIELDS = {
+    "prefix": "stages.streams.prefix_learning_rate or stages.streams.control_learning_rate",
+    "aggregator": "stages.streams.aggregator_learning_rate",
+    "lora": "stages.adapt.learning_rate or evaluation.compare_learning_rate",
+    "full": "stages.adapt.learning_rate or stages.streams.weights_learning_rate",
+}
+ADVICE = (
+    "The last good checkpoint is kept. Lower {}, and start in a new folder with output.dir=FOLDER."
+)
 
 
 @dataclass(frozen=True)
@@ -75,3 +87,20 @@ class TrainingPlan:
             return 0
         regular = (self.steps - 1) // every - done // every
         return regular + 1 + (done == 0)  # the last step, and the start
+
+
+def advice(plan: TrainingPlan) -> str:
+    """What to do about a training that breaks down."""
+    return ADVICE.format(", or ".join(RATE_FIELDS[group] for group in plan.learning_rates))
+
+
+def first_record(plan: TrainingPlan) -> TrainingRecord:
+    """The record of a training before its first step."""
+    return TrainingRecord(
+        name=plan.adapter,
+        p_values=plan.p_values,
+        tokens=0,
+        steps=0,
+        wall_seconds=0,
+        master_dtype="float32" if plan.all_weights else None,
+    )

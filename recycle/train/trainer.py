@@ -29,20 +29,10 @@ from recycle.results import CurvePoint, LossPoint, TrainingRecord, token_mean
 from .arguments import collate, trainer_arguments
 from .checkpoints import RECORD, TrainingError, seal, writing
 from .learned import learned_parameters, load_learned, save_learned
-from .plan import TrainingPlan
+from .plan import TrainingPlan, advice, first_record
 
 LEARNED = "learned.safetensors"
 BEST = "best-{}.safetensors"  # what had been learned at a step, until a later one is better
-# The field of a recipe that each group's learning rate is from, in a stage or the comparison.
-RATE_FIELDS = {
-    "prefix": "stages.streams.prefix_learning_rate or stages.streams.control_learning_rate",
-    "aggregator": "stages.streams.aggregator_learning_rate",
-    "lora": "stages.adapt.learning_rate or evaluation.compare_learning_rate",
-    "full": "stages.adapt.learning_rate or stages.streams.weights_learning_rate",
-}
-ADVICE = (
-    "The last good checkpoint is kept. Lower {}, and start in a new folder with output.dir=FOLDER."
-)
 
 
 class StreamTrainer(Trainer, TrainerCallback):
@@ -74,8 +64,7 @@ class StreamTrainer(Trainer, TrainerCallback):
         self.weights = (weights / weights.sum()).to(model.device)  # [|P|]
         self.losses: list[Tensor] = []  # [|P|] of each micro-batch; they add up to the step's
         rates = plan.learning_rates
-        advice = ADVICE.format(", or ".join(RATE_FIELDS[group] for group in rates))
-        self.advice = range_advice(model) + advice
+        self.advice = range_advice(model) + advice(plan)
         self.learned = learned_parameters(model, plan)
         groups = [
             {"params": [x.parameter for x in self.learned if x.group == group], "lr": rates[group]}
@@ -297,15 +286,3 @@ class StreamTrainer(Trainer, TrainerCallback):
     def _weighted(self, point: CurvePoint) -> float:
         weights = zip(self.weights.tolist(), point.validation_loss.values(), strict=True)
         return sum(weight * loss for weight, loss in weights)
-
-
-def first_record(plan: TrainingPlan) -> TrainingRecord:
-    """The record of a training before its first step."""
-    return TrainingRecord(
-        name=plan.adapter,
-        p_values=plan.p_values,
-        tokens=0,
-        steps=0,
-        wall_seconds=0,
-        master_dtype="float32" if plan.all_weights else None,
-    )

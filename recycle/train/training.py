@@ -16,8 +16,8 @@ from recycle.results import TrainingRecord
 
 from .checkpoints import RECORD, is_complete, last_checkpoint, seal, writing
 from .learned import learned_parameters, load_learned, save_learned
-from .plan import TrainingPlan
-from .trainer import BEST, LEARNED, StreamTrainer, first_record
+from .plan import TrainingPlan, first_record
+from .trainer import BEST, LEARNED, StreamTrainer
 
 FINISHED = "finished"  # folder of a finished training: its seal makes it one
 
