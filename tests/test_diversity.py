@@ -140,7 +140,9 @@ def test_streams_that_are_alike(model: Any) -> None:
 
 def test_measure_tells_the_use_of_the_streams_of_each_p(model: Any) -> None:
     settings = Evaluation(batch_size=2, speed=False)
-    backbone, p2, p4 = measure(model, DOCUMENTS, settings, {}, Silent())
+    tokenizer: Any = None  # no document asks anything
+    passes = passes_of(model)
+    backbone, p2, p4 = measure(model, passes, DOCUMENTS, settings, tokenizer, Silent())
     assert backbone.streams is None
     assert p2.streams is not None
     assert len(p2.streams.weights) == 2
