@@ -1,7 +1,8 @@
 """recycle: turn the language model you already have into a stronger one.
 
 The public API, loaded on first use so that importing `recycle` loads no torch: `load`, `set_p`,
-`use_p`, `get_p`, `available_p`, `shrink_cache`.
+`use_p`, `get_p`, `available_p`; in mid-generation `change_p` and `shrink_cache`; for several
+families on one backbone `add_family`, `remove_family`, `families`.
 """
 
 from importlib import import_module
@@ -9,12 +10,31 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .family.adapters import load
-    from .family.switch import available_p, get_p, set_p, use_p
+    from .family.addition import add_family, remove_family
+    from .family.change import change_p
+    from .family.switch import available_p, families, get_p, set_p, use_p
     from .parscale import shrink_cache
 
-__all__ = ["__version__", "available_p", "get_p", "load", "set_p", "shrink_cache", "use_p"]
+__all__ = [
+    "__version__",
+    "add_family",
+    "available_p",
+    "change_p",
+    "families",
+    "get_p",
+    "load",
+    "remove_family",
+    "set_p",
+    "shrink_cache",
+    "use_p",
+]
 __version__ = "0.1.0"
-_ELSEWHERE = {"load": "recycle.family.adapters", "shrink_cache": "recycle.parscale"}
+_ELSEWHERE = {
+    "change_p": "recycle.family.change",
+    "load": "recycle.family.adapters",
+    "shrink_cache": "recycle.parscale",
+    **dict.fromkeys(("add_family", "remove_family"), "recycle.family.addition"),
+}
 
 
 def __dir__() -> list[str]:

@@ -52,6 +52,14 @@ RUN = "A run folder, an adapter folder or a Hub id."
 Run = Annotated[str, typer.Argument(metavar="RUN", help=RUN)]
 STREAMS = "Streams; the most that there are by default."
 NumStreams = Annotated[int | None, typer.Option("--p", help=STREAMS)]
+Compile = Annotated[
+    bool | None,
+    typer.Option(
+        "--compile/--no-compile",
+        help="Decode by compiled steps: faster, after about a minute for each P. "
+        "[default: on a GPU]",
+    ),
+]
 MOVED = "Where the backbone lies now, if not where the run recorded it."
 Moved = Annotated[str | None, typer.Option("--backbone", help=MOVED)]
 
@@ -160,17 +168,31 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.", min=1)] = 128,
     chat: Annotated[bool, typer.Option(help="Put the prompt into the chat template.")] = False,
     backbone: Moved = None,
+    temperature: Annotated[
+        float, typer.Option(help="Of sampling; 0 takes the likeliest token each time.", min=0)
+    ] = 0.0,
+    top_p: Annotated[
+        float, typer.Option(help="Sample from this share of the probability.", min=0, max=1)
+    ] = 1.0,
+    seed: Annotated[
+        int | None,
+        typer.Option(help="Of sampling; another each time if not given.", min=0, max=2**63 - 1),
+    ] = None,
+    compile: Compile = None,
 ) -> None:
-    """Generate text greedily with a finished run."""
+    """Generate text with a finished run, as it comes."""
     from .family.record import check_source
 
+    if not temperature and (top_p < 1 or seed is not None):
+        raise RecycleError("--top-p and --seed are of sampling; add --temperature, such as 0.8.")
     check_source(source, p)
     _check_model(backbone)
     text = _standard_input() if prompt == "-" else prompt
     _quiet_libraries()
     from .decode import generate_text
 
-    generate_text(source, text, p, max_new_tokens, chat, backbone)
+    sampling = (temperature, top_p, seed)
+    generate_text(source, text, p, max_new_tokens, chat, backbone, *sampling, compile)
 
 
 @app.command(name="import")

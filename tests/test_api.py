@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, pipeline
+from transformers.utils import logging
 
 import recycle
 from recycle.backbone.fingerprint import fingerprint_model
@@ -41,6 +42,30 @@ def test_six_lines(run_folder):
     assert not torch.equal(two, four)
     recycle.set_p(model, 4)
     assert torch.equal(model.generate(**ids, **options), four)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_a_pipeline_gives_the_text_of_generate(run_folder, capfd, batch_size):
+    model = recycle.load(run_folder)
+    tokenizer = AutoTokenizer.from_pretrained(run_folder, padding_side="left")
+    prompts = ["def merge(left", "for name in self.names: raise"]
+    logging.set_verbosity_warning()
+    write = pipeline("text-generation", model=model, tokenizer=tokenizer)
+    logging.set_verbosity_error()
+    assert "not supported" not in capfd.readouterr().err
+    options = {"max_new_tokens": 8, "do_sample": False}
+    texts = {}
+    for p in (1, 4):
+        recycle.set_p(model, p)
+        found = write(prompts, batch_size=batch_size, **options)
+        texts[p] = [each[0]["generated_text"] for each in found]
+        ids = tokenizer(prompts, return_tensors="pt", padding=True)
+        expected = model.generate(**ids, **options)
+        assert texts[p] == tokenizer.batch_decode(expected, skip_special_tokens=True)
+    with recycle.use_p(model, 1):
+        found = write(prompts, batch_size=batch_size, **options)
+        assert [each[0]["generated_text"] for each in found] == texts[1]
+    assert texts[1] != texts[4]
 
 
 def test_a_fresh_process_needs_one_import(run_folder):

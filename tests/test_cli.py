@@ -333,6 +333,11 @@ def test_generate_refuses(recycle: Recycle, tmp_path: Path) -> None:
     refused = recycle("generate", "runs/tiny", "--prompt", "a", "--p", 3)
     assert_refused(refused, "offers P = 1, 2, 4, got p=3")
     assert_refused(recycle("generate", "runs/nothing", "--prompt", "a"), "runs/nothing")
+    unheard = recycle("generate", "runs/tiny", "--prompt", "a", "--seed", 1)
+    assert_refused(unheard, "--top-p and --seed are of sampling; add --temperature")
+    asked = ("generate", "runs/tiny", "--prompt", "a", "--temperature", 1)
+    for seed, bound in ((-1, "greater than or equal to 0"), (10**30, f"equal to {2**63 - 1}")):
+        assert bound in recycle(*asked, "--seed", seed).stderr
     assert_refused(recycle("generate", "texts", "--prompt", "a"), FAMILY_FILE)
     assert_refused(recycle("generate", "runs/tiny", "--prompt", ""), "The prompt has no tokens")
     shutil.copytree("runs/tiny", tmp_path / "torn")

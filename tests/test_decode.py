@@ -62,6 +62,46 @@ def test_the_backbones_generation_settings_change_nothing(
     assert len(expected) > len("def merge\n")
 
 
+def test_sampling_is_of_its_seed(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def sampled(seed: int, **options: Any) -> str:
+        return generated(run, "def merge", capsys, temperature=2.0, seed=seed, **options)
+
+    texts = [sampled(seed) for seed in (1, 1, 2, 3)]
+    assert texts[0] == texts[1]
+    assert len(set(texts)) > 1
+    greedy = generated(run, "def merge", capsys)
+    assert generated(run, "def merge", capsys, temperature=1e-45) == greedy  # no overflow
+    assert sampled(1, top_p=1e-6) == greedy  # of the likeliest tokens no more than one
+    assert greedy not in texts
+
+
+def test_compiled_steps_are_asked_for(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def load(source: str, p: int, compile: bool | None, **options: Any) -> None:
+        seen.append(compile)
+        raise InterruptedError
+
+    monkeypatch.setattr("recycle.decode.text.load", load)
+    for compile in (None, True, False):
+        with pytest.raises(InterruptedError):
+            generate_text(str(run), "a", 4, 8, False, compile=compile)
+    assert seen == [None, True, False]
+
+
+def test_the_prompt_comes_after_what_is_said_of_compiling(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = []
+
+    def compiles(*_: Any) -> None:
+        before.append(capsys.readouterr().out)
+
+    monkeypatch.setattr("recycle.family.model.FamilyModel._fast_options", compiles)
+    assert generated(run, "def  merge \n", capsys).startswith("def  merge \n")
+    assert before == [""]
+
+
 def test_settings_that_transformers_refuses_are_one_message(run: Path) -> None:
     path = run.parent / "backbone" / "generation_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"num_return_sequences": 2}))

@@ -14,6 +14,7 @@ from recycle.backbone import BackboneError
 from recycle.backbone.fingerprint import fingerprint_model
 from recycle.family import Family, FamilyError
 from recycle.family.adapters import load, member_state, save_family
+from recycle.family.record import check_source
 from recycle.family.switch import available_p, get_p, set_p
 from recycle.parscale import ParScaleError, UnsupportedModelError
 from tests.adapters import logits, scramble, stream_config, stream_model, token_ids
@@ -176,14 +177,94 @@ def test_family_file(family, backbone):
 
 def test_options_go_to_the_backbone(nested):
     model = load(nested[0], dtype=torch.bfloat16, attn_implementation="eager", device_map="cpu")
+    assert model.compiles is None
+    assert load(nested[0], compile=True).compiles is True
     assert model.dtype == torch.bfloat16
     assert model.config._attn_implementation == "eager"
-    assert {p.dtype for name, p in model.named_parameters() if "parscale_" in name} == {
-        torch.float32
-    }
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}  # a step casts nothing
     close = (logits(model, IDS).float() - nested[1][4]).abs()
     assert close.mean() < 0.1
     assert model.generate(IDS, max_new_tokens=3).shape == (2, 12)
+
+
+# --- only what is needed ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("only", [[4], [2], [4, 2, 1]])
+def test_only_what_is_needed_is_read_and_kept(family, tmp_path, monkeypatch, only):
+    """A damaged or missing P that is not needed does not matter."""
+    folder = shutil.copytree(family[0], tmp_path / "run")
+    kept = sorted({*only} - {1})
+    for name in {"p2", "p4", "control"} - {f"p{p}" for p in kept}:
+        shutil.rmtree(folder / name)
+    (folder / "p8").mkdir()
+    (folder / "p8" / "adapter_config.json").write_text("{torn")
+    read = []
+    from recycle.family import folder as module
+
+    monkeypatch.setattr(module, "load_file", lambda path: [read.append(path), load_file(path)][1])
+    model = recycle.load(folder, only=only)
+    assert sorted(read) == [folder / f"p{p}" / "adapter_model.safetensors" for p in kept]
+    assert available_p(model) == [1, *kept]
+    assert get_p(model) == max(kept)
+    assert "control" not in model.peft_config
+    for p in available_p(model):
+        set_p(model, p)
+        assert torch.equal(logits(model, IDS), family[1][p])
+    streams = {name: x for name, x in model.named_parameters() if "parscale_" in name}
+    assert max(x.shape[0] for name, x in streams.items() if "_keys" in name) == max(kept)
+    assert all(x.untyped_storage().nbytes() == 4 * x.numel() for x in streams.values())
+    aggregators = {name.split(".")[-1][:2] for name in streams if "_hidden_" in name}
+    assert aggregators == {f"p{p}" for p in kept}
+
+
+def test_only_takes_a_list_also_of_what_is_on_the_hub():
+    with pytest.raises(FamilyError, match=r"takes a list of values of P.*got only=4"):
+        load("tiny/family", only=4)
+
+
+def test_an_adapter_of_several_p_is_cut(nested, tmp_path, backbone):
+    load(nested[0]).save_pretrained(tmp_path)
+    model = load(tmp_path / "nested", only=[2], backbone=backbone, dtype=torch.float32)
+    assert available_p(model) == [1, 2]
+    assert torch.equal(logits(model, IDS), nested[1][2])
+    assert {x.shape[0] for n, x in model.named_parameters() if "parscale_keys" in n} == {2}
+
+
+@pytest.mark.parametrize(
+    ("only", "p", "message"),
+    [
+        ([8], None, r"offers \(1, 2, 4\), at least one of them above 1, got only=\[8\]"),
+        ([2, "4"], None, r"got only=\[2, '4'\]"),
+        (4, None, r"takes a list of values of P, such as \[4\], got only=4"),
+        ([], None, r"got only=\[\]"),
+        ([1], None, r"got only=\[1\]\. P = 1 alone needs no adapter: load the backbone with"),
+        ([4], 2, r"with only=\[4\] offers P = 1, 4, got p=2"),
+        ((2,), 8, r"with only=\[2\] offers P = 1, 2, got p=8"),
+    ],
+)
+def test_what_only_cannot_mean_is_refused_before_anything_is_read(
+    nested, tmp_path, only, p, message
+):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    shutil.copy(nested[0] / "family.json", folder)  # and no weights
+    with pytest.raises(FamilyError, match=message):
+        load(folder, p, only=only)
+    with pytest.raises(FamilyError, match=message):
+        check_source(folder, p, only)
+
+
+def test_only_of_a_trained_backbone_has_no_p_1(broken):
+    content = json.loads((broken / "family.json").read_text())
+    (broken / "family.json").write_text(json.dumps(content | {"backbone_trained": True}))
+    with pytest.raises(FamilyError, match=r"offers \(2, 4\), .*got only=\[1, 4\]"):
+        load(broken, only=[1, 4])
+
+
+def test_only_of_the_control_is_refused(family):
+    with pytest.raises(FamilyError, match=r"control offers \(1\), .*got only=\[2\]"):
+        load(family[0] / "control", only=[2])
 
 
 # --- which backbone ---------------------------------------------------------------------------
@@ -544,4 +625,12 @@ def test_every_file_of_a_tokenizer_is_fetched_and_nothing_that_runs(monkeypatch,
     bpe.codes emoji.json tokenizer.model.v3"""
     assert [name for name in needed.split() if not fetched(name)] == []
     refused = "modeling.py chat_template.py pytorch_model.bin optimizer.pt model.pkl run.sh"
+    assert [name for name in refused.split() if fetched(name)] == []
+    folder.find_folder("someone/run", None, only=[4, 8])
+    needed = """family.json p4/adapter_config.json p8/adapter_model.safetensors adapter_config.json
+    adapter_model.safetensors adapted/adapter_model.safetensors adapted/config.json
+    backbone/model-00001-of-00002.safetensors tokenizer.json chat_template.jinja"""
+    assert [name for name in needed.split() if not fetched(name)] == []
+    refused = """p2/adapter_config.json p2/adapter_model.safetensors p16/adapter_config.json
+    control/adapter_model.safetensors results.json README.md p4/training.pt"""
     assert [name for name in refused.split() if fetched(name)] == []

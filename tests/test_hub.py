@@ -153,6 +153,37 @@ print(json.dumps(found))
     assert hub.requests[count:] == []
 
 
+def test_only_the_files_of_the_p_that_are_needed_are_fetched(
+    tmp_path: Path, tiny_folder: Path
+) -> None:
+    root = tmp_path / "hub"
+    shutil.copytree(tiny_folder, root / "models" / "tiny" / "model")
+    folder = root / "models" / "tiny" / "family"
+    folder.mkdir()
+    model = stream_model(tiny_model(), adapter_name="nested")
+    save_family(model, folder, replace(fingerprint_model(tiny_folder), id="tiny/model"))
+    script = """
+import recycle
+model = recycle.load("tiny/family", only=[2])
+found = [recycle.available_p(model)]
+recycle.add_family(model, "tiny/family", "more"{})
+print(json.dumps([*found, recycle.available_p(model, "more")]))
+"""
+    with Hub(root) as server:
+
+        def fetched(home: str, more: str) -> tuple[Any, set[str]]:
+            count = len(server.requests)
+            found = run(server.url, tmp_path / home, script.format(more))
+            paths = [x.partition("/tiny/family/resolve/")[2] for x in server.requests[count:]]
+            names = {path.partition("/")[2] for path in paths}
+            return found, {name for name in names if name.startswith("p")}
+
+        of_two = {"p2/adapter_config.json", "p2/adapter_model.safetensors"}
+        assert fetched("few", ", only=[2]") == ([[1, 2], [1, 2]], of_two)
+        of_four = {name.replace("p2", "p4") for name in of_two}
+        assert fetched("all", "") == ([[1, 2], [1, 2, 4]], of_two | of_four)
+
+
 @pytest.mark.slow
 def test_without_the_server(hub: Hub, tmp_path: Path) -> None:
     script = """

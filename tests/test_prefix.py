@@ -88,6 +88,45 @@ def test_every_query_sees_the_whole_prefix_of_its_stream(module, active, mask):
     torch.testing.assert_close(output, expected, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("mask", ["none", "bool", "additive", "broadcast"])
+def test_one_query_sees_prefix_and_text(module, active, mask):
+    query = torch.randn(B * P, H * GROUPS, S, D)
+    key, value = torch.randn(2, B * P, H, S, D)
+    room = torch.randn(B * P, H, 3, D)  # of a static cache, behind the text
+    seen = (torch.arange(S + 3) < S).expand(1, 1, 1, -1)
+    masks = {
+        "none": None,
+        "bool": seen.expand(B * P, 1, 1, -1),
+        "additive": torch.zeros(B * P, 1, 1, S + 3).masked_fill(~seen, -1e9),
+        "broadcast": seen,
+    }
+    longer = [x if mask == "none" else torch.cat([x, room], dim=2) for x in (key, value)]
+    with torch.no_grad():
+        output, _ = attend(
+            sdpa_attention_forward, "sdpa", module, query[:, :, -1:], *longer, masks[mask]
+        )
+        expected = by_hand(module, query, key, value)[:, -1:]
+    torch.testing.assert_close(output, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_one_querys_scores_are_as_exact_as_those_of_several(module, active, dtype):
+    """Large ones: in the dtype itself they would be rounded, or overflow."""
+    query = (20 * torch.randn(B * P, H * GROUPS, S, D)).to(dtype)
+    key, value = (20 * torch.randn(B * P, H, S, D)).to(dtype), torch.randn(B * P, H, S, D).to(dtype)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(parameter.to(dtype))
+        exact = by_hand(module, query.float(), key.float(), value.float())[:, -1:]
+        one, _ = attend(sdpa_attention_forward, "sdpa", module, query[:, :, -1:], key, value, None)
+        all_, _ = attend(sdpa_attention_forward, "sdpa", module, query, key, value, None)
+    error, allowed = (x.float().sub(exact).abs().mean() for x in (one, all_[:, -1:]))
+    assert error <= 1.2 * allowed + 1e-4
+    huge = torch.full((B * P, H * GROUPS, 1, D), 200.0, dtype=dtype)
+    one, _ = attend(sdpa_attention_forward, "sdpa", module, huge, key + 200, value, None)
+    assert torch.isfinite(one).all()
+
+
 def test_without_streams_or_prefix_the_function_is_called_as_it_is(module):
     inputs = tuple(torch.randn(1, H, S, D) for _ in range(3))
     calls = []

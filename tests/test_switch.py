@@ -1,19 +1,23 @@
 """Choosing P costs nothing, and what is on the model can be pickled and copied."""
 
 import copy
+import gc
 import io
 import statistics
 import time
+import tracemalloc
+from contextlib import ExitStack
 from functools import partial
 
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import StaticCache
 
 from recycle.family import FamilyError
-from recycle.family.switch import available_p, get_p, set_p
+from recycle.family.switch import available_p, get_p, set_p, use_p
 from recycle.parscale import CacheError, streams_of
 from recycle.parscale.layer import StreamLayer, adapter_parameters, cut_state, nest_states
 from tests.adapters import logits, scramble, stream_config, stream_model, token_ids
@@ -44,9 +48,79 @@ def test_choosing_p_takes_no_time_on_a_deep_model():
                 set_p(wrapped, p)
                 seconds.append(time.perf_counter() - started)
                 assert get_p(model) == p
+                started = time.perf_counter()
+                with use_p(wrapped, p):
+                    seconds.append(time.perf_counter() - started)
             medians[layers, compiled] = statistics.median(seconds)
     assert max(medians.values()) < 1e-4, medians
     assert medians[36, False] < 3 * medians[2, False]
+
+
+class Operations(TorchDispatchMode):
+    """Counts torch's operations."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += 1
+        return function(*args, **kwargs or {})
+
+
+def test_choosing_p_allocates_nothing():
+    """No operation of torch runs, and no memory is held afterwards."""
+    model = three_adapters(36)
+
+    def choose(times):
+        for turn in range(times):
+            set_p(model, (2, 8, 1, 4)[turn % 4])
+            with use_p(model, 2), use_p(model, 1):
+                pass
+
+    choose(8)
+    with Operations() as operations:
+        choose(100)
+        assert operations.count == 0
+        torch.zeros(1)
+        assert operations.count > 0
+    tracemalloc.start()
+    held = []
+    for times in (8, 1000):
+        choose(times)
+        gc.collect()
+        held.append(tracemalloc.get_traced_memory()[0])
+    tracemalloc.stop()
+    assert held[1] - held[0] < 1000  # bytes: less than one for each turn
+
+
+@torch.no_grad()
+def test_a_p_is_compiled_once():
+    torch._dynamo.reset()
+    model = stream_model(tiny_model("qwen2", num_hidden_layers=1))
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+
+    def run(p, *blocks):
+        with ExitStack() as stack:
+            for block in blocks:
+                stack.enter_context(use_p(model, block))
+            torch.testing.assert_close(compiled(IDS).logits, logits(model, IDS))
+            assert get_p(model) == p
+
+    for _ in range(2):
+        for p in (4, 2, 1):
+            set_p(model, p)
+            run(p)
+        assert len(graphs) == 3
+    for number, around in enumerate([(), (), (1,), (4, 2)]):  # blocks of any depth share theirs
+        for p in (4, 2, 1):
+            set_p(model, (1, 4)[number % 2])
+            run(p, *around, p)
+        assert len(graphs) == 6
 
 
 def test_all_layers_say_what_was_chosen():

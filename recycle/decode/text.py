@@ -3,10 +3,11 @@
 from typing import Any
 
 import torch
+from peft import PeftModelForCausalLM
 from transformers import PreTrainedTokenizerBase, TextStreamer
 
 from recycle.backbone import BackboneError, load_tokenizer
-from recycle.backbone.generation import greedy_decoding
+from recycle.backbone.generation import decoding
 from recycle.backbone.source import TOKENIZER_FILES
 from recycle.errors import RecycleError
 from recycle.family import Family
@@ -18,6 +19,19 @@ class DecodeError(RecycleError):
     """Text cannot be generated from this prompt."""
 
 
+class Printer(TextStreamer):
+    """Prints a text as it was given, once decoding starts, and then what is decoded."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt: str) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.prompt = prompt
+
+    def put(self, value: torch.Tensor) -> None:
+        if self.next_tokens_are_prompt:  # after messages of compilation
+            print(self.prompt, end="", flush=True)
+        super().put(value)
+
+
 def generate_text(
     source: str,
     prompt: str,
@@ -25,8 +39,12 @@ def generate_text(
     max_new_tokens: int,
     chat: bool,
     backbone: str | None = None,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int | None = None,
+    compile: bool | None = None,
 ) -> None:
-    """Go on with a prompt, greedily, and print the text as it comes.
+    """Go on with a prompt, and print the text as it comes.
 
     Runs on a GPU where there is one, in the arithmetic that the adapters were trained in.
 
@@ -37,6 +55,10 @@ def generate_text(
         max_new_tokens: At most so many tokens.
         chat: The prompt is a user's message in the tokenizer's chat template.
         backbone: Where the backbone lies now, if not where the adapters recorded it.
+        temperature: Of sampling; 0 takes the likeliest token each time.
+        top_p: Sample from the likeliest tokens that hold this share of the probability.
+        seed: Of sampling; None is another one each time.
+        compile: See `recycle.load`.
 
     Raises:
         DecodeError: The prompt is no text, has no tokens or too many, or there is no chat template.
@@ -44,7 +66,7 @@ def generate_text(
     """
     if prompt.encode("utf-8", "replace").decode() != prompt:
         raise DecodeError("The prompt is not text in UTF-8.")
-    tokenizer = _tokenizer(source, backbone)
+    tokenizer = find_tokenizer(source, backbone)
     if chat and tokenizer.chat_template is None:
         raise DecodeError(f"The tokenizer of {source} has no chat template; leave out --chat.")
     text = prompt
@@ -54,21 +76,18 @@ def generate_text(
     ids = tokenizer(text, return_tensors="pt", add_special_tokens=not chat)["input_ids"]
     if not ids.numel():
         raise DecodeError("The prompt has no tokens; give some text with --prompt.")
-    placement: dict[str, Any] = {}
-    if torch.cuda.is_available():
-        placement["device_map"] = {"": "cuda"}
-    model = load(source, p, backbone=backbone, **placement)
+    model = load_here(source, p, backbone, compile)
     window = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if window and ids.shape[1] + max_new_tokens > window:
         raise DecodeError(
             f"The prompt and --max-new-tokens come to {ids.shape[1] + max_new_tokens} tokens, and "
             f"the backbone's window is {window}. Shorten one of them."
         )
-    if not chat:
-        print(prompt, end="", flush=True)
-    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    streamer = Printer(tokenizer, "" if chat else prompt)
     ids = ids.to(model.device)
-    with greedy_decoding(model):
+    if seed is not None:
+        torch.manual_seed(seed)
+    with decoding(model, temperature, top_p):
         model.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
@@ -77,8 +96,22 @@ def generate_text(
         )
 
 
-def _tokenizer(source: str, backbone: str | None) -> PreTrainedTokenizerBase:
-    """The tokenizer in a run's folder or, where that has none, the backbone's."""
+def load_here(
+    source: str, p: int | None, backbone: str | None, compile: bool | None = None
+) -> PeftModelForCausalLM:
+    """`recycle.load` onto the GPU where there is one."""
+    placement: dict[str, Any] = {}
+    if torch.cuda.is_available():
+        placement["device_map"] = {"": "cuda"}
+    return load(source, p, backbone=backbone, compile=compile, **placement)
+
+
+def find_tokenizer(source: str, backbone: str | None) -> PreTrainedTokenizerBase:
+    """The tokenizer in a run's folder or, where that has none, the backbone's.
+
+    Raises:
+        FamilyError, BackboneError: There is none, or no family.
+    """
     folder = find_folder(source, None)
     if any(any(folder.glob(pattern)) for pattern in TOKENIZER_FILES):
         return load_tokenizer(str(folder))

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from recycle.backbone.generation import greedy_decoding
+from recycle.backbone.generation import decoding
 from recycle.data.tasks import is_right
 from recycle.parscale import ActiveStreams, choose_streams
 
@@ -67,7 +67,7 @@ def decode_replies(
     The end of a turn in a chat template is special, but not always among the ends.
     """
     special = [x for x, token in tokenizer.added_tokens_decoder.items() if token.special]
-    with greedy_decoding(model):
+    with decoding(model):
         eos = model.generation_config.eos_token_id  # one, several or none
         eos = eos if isinstance(eos, list) else [eos]
         ends = {*special, *eos} - {None}

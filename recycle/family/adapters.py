@@ -5,7 +5,7 @@ each P. How it lies on disk is in `folder.py` and `record.py`, how P is chosen i
 """
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,10 @@ from recycle.backbone.lora import put_lora
 from recycle.backbone.sample import take_sample
 from recycle.backbone.source import ANYONE, Access, SourceFiles, source_files
 from recycle.disk import expand, file_sha256
-from recycle.parscale import ParScaleConfig, cut_state, streams_of
+from recycle.parscale import ParScaleConfig, adapter_parameters, cut_state, streams_of
 
 from .folder import Member, find_folder, find_lora, own_backbone, read_members, write_adapter
+from .model import FamilyModel
 from .record import ADAPTED, CONFIG, CONTROL, NESTED, WEIGHTS, Family, FamilyError
 from .switch import set_p
 
@@ -34,19 +35,25 @@ def load(
     source: str | Path,
     p: int | None = None,
     *,
+    only: Sequence[int] | None = None,
     backbone: str | Path | None = None,
     revision: str | None = None,
+    compile: bool | None = None,
     **backbone_options: Any,
-) -> PeftModelForCausalLM:
+) -> FamilyModel:
     """Load a backbone with its whole family of adapters.
 
     Args:
         source: A run folder, the folder of one adapter, or the Hub id of either.
         p: Streams in use first; the largest where not given. 1 is the model that the streams were
             put on: the backbone, with its weights adapted where the run did that.
+        only: Values of P to read and keep, such as [4]; None is all of them, and the control. No
+            file of another P is read or downloaded. P = 1 is offered in any case.
         backbone: Where the backbone lies now, if not where the adapters recorded it: folder or Hub
             id.
         revision: Revision of `source` on the Hub.
+        compile: Whether `generate` decodes by compiled steps on a static cache; None is on an
+            accelerator alone. See `FamilyModel`.
         backbone_options: Go to the backbone's `from_pretrained`: device_map, attn_implementation,
             … `token`, `cache_dir` and `local_files_only` hold for `source` as well. The backbone
             computes as it did when the adapters were trained and measured, unless `dtype` or
@@ -54,13 +61,14 @@ def load(
             "auto" does not.
 
     Returns:
-        A PEFT model in eval mode. `set_p` switches it; an adapter named "control", where the family
-        has one, is reached with `model.set_adapter("control")`.
+        A PEFT model in eval mode, its adapters in the dtype that it computes in. `set_p` switches
+        it; an adapter named "control", where the family has one, is reached with
+        `model.set_adapter("control")`.
 
     Raises:
-        FamilyError: The folder holds no family, a file of it is damaged, it lacks `p`, or the
-            backbone is missing or another one than the family was trained on. An adapter that
-            PEFT wrote has no fingerprint: of its backbone only the shapes are checked.
+        FamilyError: The folder holds no family, a file of it is damaged, it lacks `p` or one of
+            `only`, or the backbone is missing or another one than the family was trained on. An
+            adapter that PEFT wrote has no fingerprint: of its backbone only the shapes are checked.
         BackboneError: The backbone's files are there and cannot be loaded.
     """
     ours = {"trust_remote_code", "use_safetensors", "output_loading_info"}
@@ -70,9 +78,9 @@ def load(
             f"out {' and '.join(refused)}."
         )
     access: Any = {key: backbone_options[key] for key in ACCESS if key in backbone_options}
-    folder = find_folder(source, revision, access)
-    family = Family.read(folder)
-    family.check(p, str(source))
+    folder = find_folder(source, revision, access, only)
+    family = Family.read(folder).narrowed(only, str(source))
+    family.check(p, str(source), only)
     members = read_members(folder, family)
     config = members[0].config
     files = find_backbone(folder, config, str(source), backbone, access)
@@ -83,6 +91,7 @@ def load(
     lora = find_lora(folder, config)
     model = load_model(files, dtype, quantization, **backbone_options)
     peft_model = attach(model if lora is None else put_lora(model, lora), members, folder)
+    peft_model.compiles = compile
     if p is not None or family.p_values:
         set_p(peft_model, max(family.offered) if p is None else p)
     return peft_model
@@ -150,16 +159,17 @@ def check_backbone(config: ParScaleConfig, found: Fingerprint, source: str, loca
         )
 
 
-def attach(model: PreTrainedModel, members: list[Member], folder: Path) -> PeftModelForCausalLM:
+def attach(model: PreTrainedModel, members: list[Member], folder: Path) -> FamilyModel:
     """Put a family's adapters, as `read_members` gives them, on a backbone that is loaded."""
     first, *others = members
     with warnings.catch_warnings():  # PEFT asks transformers by a name that it is giving up
         warnings.simplefilter("ignore", FutureWarning)
-        peft_model = PeftModelForCausalLM(model, first.config, adapter_name=first.name)
+        peft_model = FamilyModel(model, first.config, adapter_name=first.name)
+    peft_model.foundation = first.config
+    load_state(peft_model, first, folder)
     for member in others:
         peft_model.add_adapter(member.name, member.config)
-    for member in members:
-        _load_state(peft_model, member, folder)
+        load_state(peft_model, member, folder)
     return peft_model.eval()
 
 
@@ -223,7 +233,14 @@ def save_family(
     return family
 
 
-def _load_state(model: PeftModelForCausalLM, member: Member, folder: Path) -> None:
+def load_state(model: PeftModelForCausalLM, member: Member, folder: Path) -> None:
+    """Fill an adapter of the model that bears the member's name, in the model's dtype.
+
+    Streams compute in it anyway, so that a step of decoding has nothing to cast.
+
+    Raises:
+        FamilyError: The tensors are not those of its config.
+    """
     expected = adapter_state(model, member.name)
     wrong = sorted(set(expected) ^ set(member.state)) or [
         name for name in expected if expected[name].shape != member.state[name].shape
@@ -244,3 +261,5 @@ def _load_state(model: PeftModelForCausalLM, member: Member, folder: Path) -> No
             f"tensors differ, first {wrong[0]}."
         )
     set_peft_model_state_dict(model, member.state, adapter_name=member.name)
+    for each in adapter_parameters(model, member.name):
+        each.parameter.data = each.parameter.data.to(model.dtype)

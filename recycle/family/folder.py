@@ -1,5 +1,6 @@
 """A family on disk: found, read and written."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -14,7 +15,7 @@ from recycle.backbone.errors import BackboneError
 from recycle.backbone.source import ANYONE, TOKENIZER_FILES, Access, fetched
 from recycle.backbone.source import CONFIG as MODEL_CONFIG
 from recycle.disk import file_sha256, write_atomically
-from recycle.parscale import ParScaleConfig, nest_states
+from recycle.parscale import ParScaleConfig, cut_state, nest_states
 
 from .record import (
     ADAPTED,
@@ -41,15 +42,32 @@ class Member(NamedTuple):
     state: dict[str, Tensor]
 
 
-def find_folder(source: str | Path, revision: str | None, access: Access = ANYONE) -> Path:
+def find_folder(
+    source: str | Path,
+    revision: str | None,
+    access: Access = ANYONE,
+    only: Sequence[int] | None = None,
+) -> Path:
     """The local folder of `source`, a folder or a Hub id, which is downloaded.
 
+    Args:
+        source: A folder or a Hub id.
+        revision: On the Hub.
+        access: How the Hub is reached.
+        only: The P whose adapters are needed; None is all.
+
     Raises:
-        FamilyError: It is neither a run folder nor an adapter, or cannot be fetched.
+        FamilyError: It is neither a run folder nor an adapter, lacks a P of `only`, or cannot be
+            fetched.
     """
-    check_source(source)
+    check_source(source, only=only)
+    files = ["*.json", "*.safetensors"]
+    if only is not None:
+        places = [ADAPTED, BACKBONE, *(f"p{p}" for p in only)]
+        files = [f"{place}/{file}" for place in places for file in files]
+        files += [FAMILY_FILE, CONFIG, WEIGHTS]
     try:
-        return fetched(source, revision, ["*.json", "*.safetensors", *TOKENIZER_FILES], access)
+        return fetched(source, revision, [*files, *TOKENIZER_FILES], access)
     except BackboneError as error:
         raise FamilyError(f"{source} cannot be loaded: {error}") from None
 
@@ -57,12 +75,17 @@ def find_folder(source: str | Path, revision: str | None, access: Access = ANYON
 def read_members(folder: Path, family: Family) -> list[Member]:
     """Read the adapters to have in memory, for inference. A nested family is one of them.
 
+    Args:
+        folder: Of the family.
+        family: What it says of itself, or no more than some of its P (`Family.narrowed`).
+
     Raises:
         FamilyError: A file is missing, damaged, from another run, or holds what is not finite.
     """
     if not (folder / FAMILY_FILE).is_file():
         name = CONTROL if family.control else "default"
-        members = [Member(name, _read_config(folder), _read_state(folder, None))]
+        member = Member(name, _read_config(folder), _read_state(folder, None))
+        members = [member if family.control else _cut(member, family.p_values)]
     else:
         names = [f"p{p}" for p in sorted(family.p_values, reverse=True)]
         names += [CONTROL] if family.control else []
@@ -99,6 +122,17 @@ def _nest(members: list[Member], family: Family) -> list[Member]:
     state = nest_states({p: states[p] for p in family.p_values})
     nested = Member(NESTED, replace(members[0].config, p_values=list(family.p_values)), state)
     return [nested, *(member for member in members if member.name == CONTROL)]
+
+
+def _cut(member: Member, p_values: list[int]) -> Member:
+    """What an adapter that serves several P has of some of them."""
+    p, starts = p_values[-1], member.config.start_token_ids
+    streams = {name: x for name, x in member.state.items() if "parscale_" in name}
+    others = {name: x for name, x in member.state.items() if name not in streams}  # refused later
+    state = nest_states({p: cut_state(streams, p) for p in p_values}) | others
+    starts = starts and starts[:p]
+    config = replace(member.config, num_streams=p, p_values=p_values, start_token_ids=starts)
+    return Member(member.name, config, state)
 
 
 def find_lora(folder: Path, config: ParScaleConfig) -> Path | None:

@@ -9,8 +9,8 @@ This file imports nothing heavy, so that a wrong folder or P is told at once.
 """
 
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from recycle.disk import expand, read_json_object, write_atomically
@@ -71,14 +71,38 @@ class Family:
         """Write `family.json`. It comes last: it makes the folder a whole family."""
         write_atomically(folder / FAMILY_FILE, f"{json.dumps(asdict(self), indent=2)}\n".encode())
 
-    def check(self, p: int | None, source: str) -> None:
+    def narrowed(self, only: Sequence[int] | None, source: str) -> "Family":
+        """The family with no more than some of its P, and without the control; None is all of it.
+
+        Args:
+            only: Values of P; 1 may be among them, and is offered in any case.
+            source: What the family is called in errors.
+
+        Raises:
+            FamilyError: It does not offer them, there is none above 1, or it is no list.
+        """
+        if only is None:
+            return self
+        _check_list(only)
+        kept = {p for p in only if p != 1}
+        if not kept or any(type(p) is not int or p not in self.offered for p in only):
+            raise FamilyError(
+                f"only= takes values of P that {source} offers ({listed(self.offered)}), at least "
+                f"one of them above 1, got only={list(only)}. P = 1 alone needs no adapter: load "
+                "the backbone with transformers' AutoModelForCausalLM.from_pretrained, and put "
+                f"{ADAPTED}/ on it with peft.PeftModel.from_pretrained where the run has one."
+            )
+        return replace(self, p_values=sorted(kept), control=False)
+
+    def check(self, p: int | None, source: str, only: Sequence[int] | None = None) -> None:
         """Refuse a P that the family does not offer.
 
         Raises:
             FamilyError: Names those that it does.
         """
         if p is not None and (type(p) is not int or p not in self.offered):
-            raise FamilyError(f"{source} offers P = {listed(self.offered)}, got p={p!r}.")
+            kept = "" if only is None else f" with only={list(only)}"
+            raise FamilyError(f"{source}{kept} offers P = {listed(self.offered)}, got p={p!r}.")
 
     def exported_p(self, p: int | None, source: str, folder: Path) -> int:
         """Which P a checkpoint is made of: `p`, or else the largest.
@@ -127,20 +151,28 @@ def refuse_other_methods(path: Path, peft_type: str | None) -> None:
         )
 
 
-def check_source(source: str | Path, p: int | None = None) -> Family | None:
+def check_source(
+    source: str | Path, p: int | None = None, only: Sequence[int] | None = None
+) -> Family | None:
     """Refuse what a folder's JSON files alone show to be wrong; None of a Hub id, which passes.
 
     Raises:
-        FamilyError: The folder is no family, or does not offer `p`.
+        FamilyError: The folder is no family, or does not offer `p` or all of `only`.
     """
     folder = expand(source)
     if folder.is_dir():
-        family = Family.read(folder)
-        family.check(p, str(source))
+        family = Family.read(folder).narrowed(only, str(source))
+        family.check(p, str(source), only)
         return family
     if str(source).startswith((".", "/", "~")) or str(source).count("/") > 1:
         raise FamilyError(f"{str(source)!r} is no folder here. Name a run folder or a Hub id.")
+    _check_list(only)
     return None
+
+
+def _check_list(only: Sequence[int] | None) -> None:
+    if only is not None and not isinstance(only, Iterable):
+        raise FamilyError(f"only= takes a list of values of P, such as [4], got only={only!r}.")
 
 
 def _what_is_there(folder: Path) -> str:

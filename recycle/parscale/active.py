@@ -20,6 +20,12 @@ class ActiveStreams:
     num_streams: int
     p_values: tuple[int, ...]  # one: the P in use; several: all at once, in nested training
     apart: bool = False  # whether each stream's own final hidden states follow the merged ones
+    first: int = 0  # of the adapter's streams; those before it do not run
+
+    @property
+    def rows(self) -> slice:
+        """Where these streams lie among all that the adapter has."""
+        return slice(self.first, self.first + self.num_streams)
 
     @property
     def num_outputs(self) -> int:
@@ -52,10 +58,10 @@ class Selection:
 
     def use(self, active: ActiveStreams | None) -> None:
         """Set the model to these streams (None: the backbone)."""
-        self.disabled = active is None
-        if active is not None:
-            self.adapters = [active.adapter]
+        if active is not None:  # in this order, other threads see what was or what is to be
             self.p[active.adapter] = active.num_streams
+            self.adapters = [active.adapter]
+        self.disabled = active is None
 
     @property
     def p_values(self) -> dict[str, list[int]]:
@@ -70,7 +76,7 @@ class Selection:
 
     def current(self) -> ActiveStreams | None:
         """The streams that the next forward pass in this thread uses; None for the backbone."""
-        for selection, active in this_thread.forward.choices:
+        for selection, active in this_thread.forward.chosen:
             if selection is self:
                 return active
         names = self.names
@@ -89,10 +95,16 @@ class ForwardState:
 
     def __init__(self) -> None:
         self.active: ActiveStreams | None = None
-        # What this thread chose, the latest first.
+        # What this thread chose, the latest first; and of each model the latest alone. A forward
+        # pass reads the second, so that a compiled one does not depend on how deep blocks nest.
         self.choices: tuple[tuple[Selection, ActiveStreams | None], ...] = ()
+        self.chosen: tuple[tuple[Selection, ActiveStreams | None], ...] = ()
         # Where the keys and values of every call of an attention module go, or nowhere.
         self.record: Callable[[nn.Module, Tensor, Tensor], Any] | None = None
+
+    def choose(self, choices: tuple[tuple[Selection, ActiveStreams | None], ...]) -> None:
+        self.choices = choices
+        self.chosen = tuple(dict(reversed(choices)).items())
 
 
 class _ThisThread(threading.local):
@@ -117,9 +129,9 @@ def choose(selection: Selection, active: ActiveStreams | None) -> Iterator[None]
     runs meanwhile.
     """
     state, choice = this_thread.forward, (selection, active)
-    state.choices = (choice, *state.choices)
+    state.choose((choice, *state.choices))
     try:
         yield
     finally:
         # By identity: tasks and generators may end their blocks in another order.
-        state.choices = tuple(x for x in state.choices if x is not choice)
+        state.choose(tuple(x for x in state.choices if x is not choice))

@@ -9,10 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+from transformers import PreTrainedConfig
 from transformers.cache_utils import (
     Cache,
     DynamicLayer,
     DynamicSlidingWindowLayer,
+    StaticCache,
     StaticLayer,
     StaticSlidingWindowLayer,
 )
@@ -100,6 +103,8 @@ class StreamCache(Cache):
 def shrink_cache(cache: Cache, p: int) -> None:
     """Keep the first `p` streams of a cache that was filled by a nested family, in place.
 
+    The memory of the others is free afterwards.
+
     Args:
         cache: A cache of P*H key-value heads from `model(...)` or `model.generate(...)`.
         p: Streams to keep, at least 2 and at most the cache's.
@@ -121,11 +126,62 @@ def shrink_cache(cache: Cache, p: int) -> None:
             f"A cache can be cut to 2 streams or more, up to its own number of {have}, got p={p}. "
             "For the backbone (P = 1) start with a new cache."
         )
-    for layer in cache.layers:
-        if layer.keys is not None:  # filled
-            layer.keys = layer.keys[:, : layer.keys.shape[1] * p // have]
-            layer.values = layer.values[:, : layer.values.shape[1] * p // have]
+    for layer in cache.layers if p < have else ():
+        if layer.keys is not None:  # filled; a view would hold on to all streams
+            heads = layer.keys.shape[1] * p // have
+            _replace(layer, layer.keys[:, :heads].clone(), layer.values[:, :heads].clone())
     cache.num_streams = p
+
+
+def join_caches(cache: Cache, more: Cache) -> None:
+    """Put further streams behind those of a cache, in place.
+
+    Args:
+        cache: For which `is_plain` holds.
+        more: A cache of the same kind, which other streams filled with the same tokens.
+    """
+    for layer, other in zip(cache.layers, more.layers, strict=True):
+        if layer.keys is not None:
+            keys = torch.cat([layer.keys, other.keys.to(layer.keys)], dim=1)
+            _replace(layer, keys, torch.cat([layer.values, other.values.to(layer.values)], dim=1))
+    cache.num_streams += more.num_streams
+
+
+def lengthen_cache(cache: StaticCache, config: PreTrainedConfig, length: int) -> None:
+    """Give a static cache room for `length` tokens, in place; what it holds stays.
+
+    Args:
+        cache: With layers that are not yet full.
+        config: Of the decoder.
+        length: In tokens. Layers of a sliding window are as long as that at most.
+    """
+    longer = StaticCache(config, max_cache_len=length)
+    for layer, target in zip(cache.layers, longer.layers, strict=True):
+        room = getattr(target, "max_cache_len", 0) - getattr(layer, "max_cache_len", 0)
+        if room > 0:
+            layer.max_cache_len = target.max_cache_len
+            if layer.is_initialized:
+                pad = (0, 0, 0, room)
+                _replace(layer, F.pad(layer.keys, pad), F.pad(layer.values, pad))
+
+
+def is_plain(cache: Cache) -> bool:
+    """Whether a cache holds nothing but keys and values, so that streams can be cut off and added.
+
+    Not while sliding windows keep more than their window, to go back a few tokens.
+    """
+    return all(
+        type(layer) in _PLAIN_LAYERS and not getattr(layer, "record_past", False)
+        for layer in cache.layers
+    )
+
+
+def _replace(layer: Any, keys: Tensor, values: Tensor) -> None:
+    layer.keys, layer.values = keys, values
+    if isinstance(layer, StaticLayer):  # as where transformers allocates them, for CUDA graphs
+        layer.num_heads = keys.shape[1]
+        torch._dynamo.mark_static_address(keys)
+        torch._dynamo.mark_static_address(values)
 
 
 def claim_cache(cache: Cache, active: ActiveStreams | None) -> None:
@@ -182,8 +238,8 @@ def _foreign(have: int, filled_by: str | None, p: int, adapter: str | None) -> C
     if have != p:
         return CacheError(
             f"The cache was filled with P = {have}, but P = {p} is in use. Go on with P = {have}, "
-            "start with a new cache, or, to go down within a nested family, cut it with "
-            "recycle.shrink_cache(cache, p)."
+            "start with a new cache, or change what generate returned with "
+            "recycle.change_p(model, output, p)."
         )
     names = [f"adapter {x!r}" if x else "the backbone alone" for x in (filled_by, adapter)]
     return CacheError(

@@ -12,4 +12,4 @@ class UnsupportedModelError(ParScaleError):
 
 
 class CacheError(ParScaleError):
-    """A key-value cache was filled with another number of streams than the one in use."""
+    """A key-value cache was filled by other streams than those in use, or cannot be changed so."""

@@ -65,10 +65,13 @@ class StreamPrefix(nn.Module, StreamLayer):
 
     def prepend(self, active: ActiveStreams, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Put the prefix before the text's keys [B*P, H, K, Dk] and values [B*P, H, K, Dv]."""
-        return (
-            _prepend(self.parscale_keys[active.adapter][: active.num_streams], key),
-            _prepend(self.parscale_values[active.adapter][: active.num_streams], value),
-        )
+        prefix_keys, prefix_values = self.of(active)
+        return _prepend(prefix_keys, key), _prepend(prefix_values, value)
+
+    def of(self, active: ActiveStreams) -> tuple[Tensor, Tensor]:
+        """The prefix of the streams in use: keys `[P, H, n, Dk]` and values `[P, H, n, Dv]`."""
+        keys, values = self.parscale_keys[active.adapter], self.parscale_values[active.adapter]
+        return keys[active.rows], values[active.rows]
 
     def num_virtual_tokens(self, active: ActiveStreams) -> int:
         return self.parscale_keys[active.adapter].shape[2]
@@ -120,6 +123,11 @@ def attend(
     if active is None or not isinstance(prefix, StreamPrefix):
         return attention(module, query, key, value, attention_mask, *args, **kwargs)
 
+    if implementation == "sdpa" and query.shape[2] == 1 and _is_plain(attention_mask, kwargs):
+        keys, values = prefix.of(active)
+        scaling = kwargs.get("scaling")
+        return _attend_apart(query, keys, values, key, value, attention_mask, scaling), None
+
     key, value = prefix.prepend(active, key, value)
     n = prefix.num_virtual_tokens(active)
     position_bias = kwargs.get("position_bias")  # [B*P, A, Q, K]; none for the prefix
@@ -143,3 +151,46 @@ def attend(
         kwargs["position_bias"] = F.pad(position_bias, (n, 0) * 2)
     output, weights = attention(module, query, key, value, None, *args, **kwargs)
     return output[:, n:], weights
+
+
+def _is_plain(attention_mask: Tensor | None, kwargs: dict[str, Any]) -> bool:
+    """Whether one query's attention is no more than softmax over scores, with one mask for all."""
+    if attention_mask is not None and attention_mask.shape[1] > 1:
+        return False
+    return not any(
+        kwargs.get(name) is not None for name in ("position_bias", "softcap", "cache")
+    ) and not kwargs.get("dropout")
+
+
+def _attend_apart(
+    query: Tensor,
+    prefix_keys: Tensor,
+    prefix_values: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None,
+) -> Tensor:
+    """Attention `[B*P, 1, A, Dv]` of one token's query to prefix and text apart.
+
+    A step of decoding reads the whole cache. To put the prefix in front of it, and to repeat its
+    heads for the queries that share them, would write and read it several times more. Here only
+    the scores are put together. They are computed in float32, as in torch's kernels. The arguments
+    are those of `attend` and `StreamPrefix.of`.
+    """
+    exact = torch.promote_types(query.dtype, torch.float32)
+    p, num_heads, n, _ = prefix_keys.shape
+    query = query.squeeze(2).unflatten(1, (num_heads, -1)).unflatten(0, (-1, p))
+    key, value = key.unflatten(0, (-1, p)), value.unflatten(0, (-1, p))  # [B, P, H, K, Dk|Dv]
+    query = query.to(exact) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    to_prefix = query @ prefix_keys.to(exact).mT  # [B, P, H, A/H, Dk] to [B, P, H, A/H, n]
+    to_text = query @ key.to(exact).mT  # [B, P, H, A/H, K]
+    if attention_mask is not None:
+        mask = attention_mask.expand(query.shape[0] * p, -1, -1, -1).unflatten(0, (-1, p))
+        if mask.dtype == torch.bool:
+            to_text = to_text.masked_fill(~mask, -torch.inf)
+        else:
+            to_text = to_text + mask
+    weights = torch.cat([to_prefix, to_text], dim=-1).softmax(dim=-1).to(value.dtype)
+    output = weights[..., :n] @ prefix_values.to(value) + weights[..., n:] @ value
+    return output.flatten(2, 3).flatten(0, 1).unsqueeze(1)

@@ -104,7 +104,7 @@ class DecoderStreams(nn.Module, StreamLayer):
         tokens = inputs["inputs_embeds"] if tokens is None else tokens  # [B, S] or [B, S, D]
         if may_be_packed(inputs):
             self._keep_apart(decoder, inputs)
-        self._count_positions(inputs, length=tokens.shape[1])
+        self.count_positions(inputs, length=tokens.shape[1])
         for name, value in inputs.items():
             inputs[name] = _repeat(name, value, tokens.shape[0], active.num_streams)
         self._wrap_cache(decoder, inputs, active)
@@ -158,8 +158,8 @@ class DecoderStreams(nn.Module, StreamLayer):
                 self._sequences_kept_apart = keeps_sequences_apart(decoder, positions.device)
         return self._sequences_kept_apart
 
-    def _count_positions(self, inputs: dict[str, Any], length: int) -> None:
-        """Count the positions of padded text from its first token on.
+    def count_positions(self, inputs: dict[str, Any], length: int) -> None:
+        """Count the positions of padded text from its first token on, as `generate` does.
 
         A prefix carries no rotary embedding, so other than in the backbone it matters that the text
         starts at 0.
