@@ -30,7 +30,8 @@ console = Console(width=None if sys.stdout.isatty() else 140, markup=False)
 
 # Which extra a missing module belongs to.
 TRAIN = ("trl", "datasets", "accelerate", "bitsandbytes", "matplotlib")
-EXTRAS = dict.fromkeys(TRAIN, "train") | {"gguf": "demo"}
+SERVE = ("fastapi", "uvicorn", "openai")
+EXTRAS = dict.fromkeys(TRAIN, "train") | dict.fromkeys(SERVE, "serve") | {"gguf": "demo"}
 # What is wrong with a disk or a path, which the user can put right.
 PATH_ERRORS = (
     *(errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS),
@@ -193,6 +194,30 @@ def generate(
 
     sampling = (temperature, top_p, seed)
     generate_text(source, text, p, max_new_tokens, chat, backbone, *sampling, compile)
+
+
+@app.command()
+def serve(
+    source: Run,
+    host: Annotated[
+        str, typer.Option(help="Where to listen; other machines take a key in RECYCLE_API_KEY.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0 is any that is free.", min=0, max=65535)] = 8000,
+    max_new_tokens: Annotated[
+        int, typer.Option(help="Of a request, at most and by default.", min=1)
+    ] = 512,
+    backbone: Moved = None,
+    compile: Compile = None,
+) -> None:
+    """Serve each P of a finished run as a model, with OpenAI's interface."""
+    from .family.record import check_source
+
+    check_source(source)
+    _check_model(backbone)
+    _quiet_libraries()
+    from .serve import serve
+
+    serve(source, host, port, max_new_tokens, backbone, compile)
 
 
 @app.command(name="import")

@@ -469,7 +469,7 @@ def test_help_imports_no_room() -> None:
     )
     loaded = {name.partition(".")[0] for name in json.loads(done.stderr)}
     assert not loaded & {"torch", "transformers", "peft", "pydantic", "trl", "datasets", "ruamel"}
-    for command in ("run", "show", "eval", "generate", "import", "export"):
+    for command in ("run", "show", "eval", "generate", "serve", "import", "export"):
         assert f"\n  {command} " in done.stdout
 
 
