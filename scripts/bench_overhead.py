@@ -41,7 +41,7 @@ from recycle.parscale import ParScaleConfig
 from recycle.parscale.prefix import StreamPrefix
 from recycle.recipe import Backbone
 
-AIMS = {"training": 1.15, "prefill": 1.15, "decode": 1.25}
+AIMS = {"training": 1.10, "prefill": 1.06, "decode": 1.10}
 DECODE_STEPS = 8  # in each repeat
 CHECK_TOKENS = 20
 

@@ -10,7 +10,7 @@ import argparse
 import json
 import statistics
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -249,6 +249,125 @@ def overhead() -> str:
     )
 
 
+def decode_table() -> str:
+    """A step of decoding and a prefill, beside the bare backbone's."""
+    record = json.loads((MEASURED / "decode-cpu.json").read_text())
+    header = ["P", "prefill, ms", "/ bare at P·B"]
+    for how in ("eager", "compiled"):
+        header += [f"{how} step, ms", "/ bare", "/ bare at P·B", "/ limit"]
+    by_p: dict[int, dict[bool, Any]] = {}
+    for row in sorted(record["rows"], key=lambda row: row["p"]):
+        by_p.setdefault(row["p"], {})[row["compiled"]] = row
+    rows = []
+    for p, found in by_p.items():
+        prefill = found[False]["ratios"]["prefill over bare at P·B"]
+        cells = [str(p), f"{found[False]['prefill_ms']:.0f}", f"{prefill:.2f}"]
+        for compiled in (False, True):
+            ratios = found[compiled]["ratios"]
+            names = ("step over bare", "step over bare at P·B", "step over its limit")
+            cells += [f"{found[compiled]['step_ms']:.0f}", *(f"{ratios[x]:.2f}" for x in names)]
+        rows.append(cells)
+    return join_blocks(
+        format_table([header, *rows]),
+        f"`{record['command']}`: SmolLM2-135M, one prompt of {record['prompt']} tokens; **bare at "
+        "P·B** is the bare model on P sequences, **limit** the bytes to read over the bandwidth. "
+        f"To choose P takes {record['choice_us']['set_p']:.0f} µs. "
+        f"{record['date'][:10]}, {record['hardware']}, {record['dtype']}.",
+    ).rstrip()
+
+
+def decoding() -> str:
+    """Decoding."""
+    return join_blocks(
+        "Through `generate`, in turns with the bare model, which is compiled in the same way. What "
+        "was tried, dead ends included: [decoding.md](decoding.md).",
+        decode_table(),
+    )
+
+
+def family_memory() -> str:
+    """Memory of a family."""
+    record = json.loads((MEASURED / "family-memory.json").read_text())
+    names = {"nested": "nested P = 2, 4, 8", "separate": "three adapters", "only": "P = 4 alone"}
+    rows = [
+        (model, name, f"{x[way]:,}", f"{4 * x[way] / 1e6:.1f}", f"{x[way] / x['backbone']:.1%}")
+        for model, x in record["parameters"].items()
+        for way, name in names.items()
+    ]
+    return join_blocks(
+        "What a family with 48 prefix tokens adds to its backbone, in float32; half of that where "
+        "it is loaded for a backbone that computes in bfloat16. A nested one holds "
+        "the prefixes of P = 8 and an aggregator for each P; `recycle.load(RUN, only=[4])` keeps "
+        "P = 4 alone.",
+        format_table([("backbone", "family", "parameters", "MB", "of the backbone's"), *rows]),
+        f"`{record['command']}`. {record['date'][:10]}.",
+    )
+
+
+def policies() -> str:
+    """Policies."""
+    record = json.loads((MEASURED / "policies-cpu.json").read_text())
+    rows = record["rows"]
+
+    def minus(row: Mapping[str, Any], name: str) -> str:
+        single = max(row["shares"].values()) == 1 and name == "minus_anywhere"
+        compared = results.Difference.model_validate(row[name])
+        return "" if single or not compared.standard_error else results.format_difference(compared)
+
+    largest = max(rows[0]["shares"], key=int)
+    header = (
+        *("policy", "held-out loss", f"− P = {largest} ± se", "− same shares anywhere ± se"),
+        *(f"steps at {p}" for p in rows[0]["shares"]),
+        "tokens/s",
+    )
+    cells = (
+        (
+            row["policy"],
+            f"{row['loss']:.4f}",
+            minus(row, "minus_largest"),
+            minus(row, "minus_anywhere"),
+            *(f"{share:.0%}" for share in row["shares"].values()),
+            f"{row['tokens_per_second']:.1f}",
+        )
+        for row in rows
+    )
+    return join_blocks(
+        "P that changes in mid-generation: by a schedule, or by confidence, which goes one P up "
+        "after a step whose two likeliest tokens are closer than a margin, and one down after "
+        f"{record['patience']} steps that are not. **Same shares anywhere** is the loss if as many "
+        "steps had each P, but without regard to what the policy looks at: a rule that is worth "
+        "its trouble is below it.",
+        told_of_policies(rows),
+        format_table([header, *cells]),
+        f"`{record['command']}`: {len(record['documents'])} test documents, "
+        f"{record['predicted_tokens']:,} tokens; speed is the median of {record['prompts']} greedy "
+        f"decodings of {record['new_tokens']} tokens, with a prompt of {record['prompt_tokens']} "
+        "and every change of P, and schedules change at the same step. "
+        f"{record['date'][:10]}, {record['hardware']['cores']} cores "
+        f"({record['hardware']['cpu']}), {record['dtype']}. {record['note']}".rstrip(),
+    )
+
+
+def told_of_policies(rows: Sequence[Mapping[str, Any]]) -> str:
+    """What the confidence rule brings, in words."""
+    rules = [row for row in rows if row["policy"].startswith("margin")]
+    compared = [results.Difference.model_validate(row["minus_anywhere"]) for row in rules]
+    better = [x for x in compared if x.distinguishable and x.mean < 0]
+    fixed = [row for row in rows if max(row["shares"].values()) == 1]
+    beaten = [
+        row
+        for row in rules
+        if any(
+            x["tokens_per_second"] >= row["tokens_per_second"] and x["loss"] <= row["loss"]
+            for x in fixed
+        )
+    ]
+    return (
+        f"Of {len(rules)} margins, {len(better)} give a clearly lower loss than the same shares "
+        f"anywhere. {len(beaten)} of {len(rules)} are both slower and no better than some fixed P."
+    )
+
+
 SECTIONS = {
     "Demo": demo,
     "Two stages": two_stages,
@@ -257,11 +376,14 @@ SECTIONS = {
     "Learning rates of the demo": rates,
     "Learning rates of both stages": rates_of_stages,
     "The demo on a 4-bit backbone": four_bits,
+    "Policies": policies,
+    "Decoding": decoding,
     "Overhead": overhead,
+    "Memory of a family": family_memory,
 }
 
 
-TABLES = {"two-stage": two_stage_table}  # in README.md
+TABLES = {"two-stage": two_stage_table, "decode": decode_table}  # in README.md
 
 
 def measured_readme() -> str:

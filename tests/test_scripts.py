@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from recycle import results
+from recycle import results, use_p
 from tests.runs import recycle, write_recipe
 
 ROOT = Path(__file__).parents[1]
@@ -66,12 +66,16 @@ runpy.run_path({str(ROOT / "scripts/gpu_check.py")!r}, run_name="__main__")
     )
 
 
-@pytest.fixture(scope="module")
-def gpu_check():
-    spec = importlib.util.spec_from_file_location("gpu_check", ROOT / "scripts/gpu_check.py")
+def script(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / f"scripts/{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def gpu_check():
+    return script("gpu_check")
 
 
 CHECKS = ["golden", "backbone_untouched", "switching", "cached", "checkpointed_gradients"]
@@ -132,13 +136,52 @@ def test_bench_overhead(tmp_path, tiny_folder):
     steps = {(row["step"], row["p"]): row for row in record["steps"]}
     assert len(steps) == 9
     for row in record["rows"]:
-        for step, aim in {"training": 1.15, "prefill": 1.15, "decode": 1.25}.items():
+        for step, aim in {"training": 1.10, "prefill": 1.06, "decode": 1.10}.items():
             assert steps[step, row["p"]]["ratio"] == row[step] > 0
             assert steps[step, row["p"]]["aim"] == aim
     title, header, *lines = done.stdout.splitlines()
     assert str(tiny_folder) in title
     assert header.split()[:2] == ["step", "P"]
     assert [tuple(line.split()[:2]) for line in lines] == [(s, str(p)) for s, p in steps]
+
+
+@pytest.fixture
+def bench_decode():
+    return script("bench_decode")
+
+
+@pytest.mark.slow
+def test_bench_decode(tmp_path):
+    out = tmp_path / "bench.json"
+    sizes = ("--prompt", "20", "--tokens", "8", "--repeats", "1", "--batch", "2")
+    tiny = ("--shape", "tiny", "--device", "cpu", "--dtype", "float32", "--out", out)
+    done = run(tmp_path, ROOT / "scripts/bench_decode.py", *tiny, *sizes)
+    assert done.returncode == 0, done.stdout + done.stderr
+    record = json.loads(out.read_text())
+    rows = {row["p"]: row for row in record["rows"]}
+    assert list(rows) == [8, 4, 2, 1]
+    for row in rows.values():
+        assert row["step_ms"] > row["limit_ms"] > 0
+        assert row["ratios"]["step over bare at P·B"] == row["step_ms"] / row["many_step_ms"]
+    # A step at P = 8 reads the weights once, eight caches, eight prefixes and an aggregator.
+    per_token, aggregator = 2 * 2 * 2 * 16, (64 * 8 * 64 + 64) + (8 * 64 + 8)
+    more = 7 * 2 * per_token * 24 + 8 * 48 * per_token + aggregator
+    difference = rows[8]["limit_ms"] - rows[1]["limit_ms"]
+    assert difference == pytest.approx(1000 * 4 * more / record["bytes_per_second"], rel=1e-6)
+    assert 0 < record["choice_us"]["set_p"] < 1000
+    assert f"eager       8 {rows[8]['prefill_ms']:>10.1f}" in done.stdout
+
+
+def test_bench_decode_times_nothing_that_decodes_other_tokens(bench_decode, monkeypatch):
+    options = bench_decode.argparse.Namespace(
+        shape="tiny", dtype="float32", device="cpu", tokens=4, prompt=9
+    )
+    bare, ours = bench_decode.models(options)
+    work = bench_decode.Work(1, 1, False)
+    bench_decode.check(bare, ours, work, options)
+    monkeypatch.setattr(bench_decode, "use_p", lambda model, p: use_p(model, 8))
+    with pytest.raises(SystemExit, match=r"P = 1, batch 1, .* other tokens from 9 on"):
+        bench_decode.check(bare, ours, work, options)
 
 
 @pytest.mark.slow
@@ -178,13 +221,6 @@ def demo(tmp_path_factory, tiny_folder):
 @pytest.fixture
 def check_demo():
     return script("check_demo")
-
-
-def script(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / f"scripts/{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_a_demo_that_is_right(check_demo, demo):
@@ -278,12 +314,36 @@ def test_losses_that_are_wrong_are_seen(check_demo, demo, broken):
         )
 
 
+@pytest.mark.slow
+def test_measure_policies(demo, tmp_path):
+    """The rows of one P have the run's own losses, and the others what lies between them."""
+    out = tmp_path / "policies.json"
+    sizes = ("--prompts", "1", "--prompt-tokens", "4", "--new-tokens", "6", "--switch-at", "10")
+    script = ROOT / "scripts/measure_policies.py"
+    done = run(tmp_path, script, demo, "--out", out, "--margins", "0,2", "--patience", "1", *sizes)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = {row["policy"]: row for row in json.loads(out.read_text())["rows"]}
+    models = {model.name: model.loss for model in results.read(demo / "results.json").models}
+    models["P = 1"] = models[results.BACKBONE]
+    for p in (1, 2, 4):
+        assert rows[f"P = {p}"]["loss"] == pytest.approx(models[f"P = {p}"], abs=1e-5)
+        assert rows[f"P = {p}"]["minus_anywhere"]["mean"] == pytest.approx(0)
+    assert rows["margin 0"]["loss"] == pytest.approx(models["P = 1"], abs=1e-5)
+    for name, (first, then) in {
+        "P = 4, 1 from step 10": "41",
+        "P = 2, 4 from step 10": "24",
+    }.items():
+        assert rows[name]["shares"][first] == pytest.approx(10 / 31)
+        assert rows[name]["shares"][then] == pytest.approx(21 / 31)
+        assert 0 < abs(rows[name]["loss"] - models[f"P = {then}"]) < 0.5
+    assert rows["margin 2"]["shares"] == pytest.approx({"1": 1 / 31, "2": 1 / 31, "4": 29 / 31})
+    assert all(row["tokens_per_second"] > 0 for row in rows.values())
+    assert "P = 2, 4 from step 10" in done.stdout
+
+
 @pytest.fixture
 def update_readme():
-    spec = importlib.util.spec_from_file_location("readme", ROOT / "scripts/update_readme.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script("update_readme")
 
 
 def rows_of(section):
@@ -326,8 +386,25 @@ def test_the_sections_say_what_their_records_say(update_readme):
     _, rates = rows_of(update_readme.rates())
     best = min(rates, key=lambda row: float(row[-1]))
     assert f"{best[0]} (control)" in text
+    header, policies = rows_of(update_readme.policies())
+    assert header[4:] == ["steps at 1", "steps at 2", "steps at 4", "tokens/s"]
+    fixed = {row[0]: row for row in policies if "100%" in row}
+    for name, row in fixed.items():  # of the demo's run, or of one like it
+        assert number(row[1]) - number(fixed["P = 4"][1]) == pytest.approx(
+            number(row[2]) if row[2] else 0, abs=2e-4
+        ), name
     _, overheads = rows_of(update_readme.overhead())
     assert f": {max(max(row[1:]) for row in overheads)} at most." in text
+
+
+def test_the_memory_of_a_family_is_counted_anew(update_readme):
+    memory = script("measure_family_memory")
+    counted = memory.count(memory.LAYOUTS["SmolLM2-135M"])
+    assert counted["only"] == 3_541_828  # as the demo's record has it for P = 4
+    _, rows = rows_of(update_readme.family_memory())
+    assert [row[2] for row in rows[:3]] == [
+        f"{counted[way]:,}" for way in ("nested", "separate", "only")
+    ]
 
 
 def test_the_demo_without_speeds_is_a_table_without_them(update_readme, monkeypatch):
