@@ -5,6 +5,7 @@ import itertools
 
 import pytest
 import torch
+import transformers
 from torch.nn import functional as F
 from transformers import DynamicCache, StaticCache
 
@@ -148,6 +149,10 @@ def test_several_sequences_for_a_prompt_and_a_mask_of_all_tokens():
     torch.testing.assert_close(found[:, -1], expected[:, -1], atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.skipif(
+    tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 23),
+    reason="an older transformers fails there of itself",
+)
 def test_windows_that_can_go_back_are_computed_anew():
     """They hold more than a prefill would leave in them."""
     model = stream_model(tiny_model("mistral", sliding_window=6, head_dim=16))
