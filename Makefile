@@ -41,6 +41,7 @@ lint: setup
 
 bench: setup
 	$(BIN)/python scripts/bench_overhead.py
+	$(BIN)/python scripts/bench_decode.py --prompt 256
 
 clean:
 	rm -rf $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache

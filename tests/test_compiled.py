@@ -274,6 +274,15 @@ def test_a_policy_changes_p_within_a_call(graphs, compiles):
     assert (len(graphs) >= 3) is compiles
 
 
+def test_threads_are_told_nothing_where_nothing_compiles(graphs, capsys):
+    model, ids = family_model(), token_ids(1, 9)
+    model.generate(ids, **GREEDY)
+    thread = threading.Thread(target=partial(model.generate, ids, **GREEDY))
+    thread.start()
+    thread.join()
+    assert capsys.readouterr().err == ""
+
+
 def test_another_thread_takes_over_when_the_first_has_ended(graphs, capsys):
     model, ids = family_model(True), token_ids(1, 9)
     thread = threading.Thread(target=partial(model.generate, ids, **GREEDY))

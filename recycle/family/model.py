@@ -87,9 +87,9 @@ class FamilyModel(PeftModelForCausalLM):
             if self.compiles is False:
                 return super().generate(**_with(options, {"disable_compile": True}))
             if not self.steps.belong_here():
-                if not self.steps.told:
+                if self.steps.warm and not self.steps.told:
                     _say("Only the thread that generated first decodes by compiled steps.")
-                self.steps.told = True
+                self.steps.told = bool(self.steps.warm)
                 return super().generate(**_with(options, {"disable_compile": True}))
             with self._compiling():
                 return super().generate(**_with(options, self._settings(options)))
