@@ -94,10 +94,11 @@ def test_the_prompt_comes_after_what_is_said_of_compiling(
 ) -> None:
     before = []
 
-    def compiles(*_: Any) -> None:
+    def settings(*_: Any) -> dict[str, Any]:
         before.append(capsys.readouterr().out)
+        return {}
 
-    monkeypatch.setattr("recycle.family.model.FamilyModel._fast_options", compiles)
+    monkeypatch.setattr("recycle.family.model.FamilyModel._settings", settings)
     assert generated(run, "def  merge \n", capsys).startswith("def  merge \n")
     assert before == [""]
 

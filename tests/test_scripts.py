@@ -424,7 +424,7 @@ def test_the_demo_without_speeds_is_a_table_without_them(update_readme, monkeypa
     assert "tokens/s" not in table
 
 
-TABLES = ("two-stage",)
+TABLES = {"two-stage": "two_stage_table", "decode": "decode_table"}
 
 
 def test_stale_tables_are_found_and_made_anew(update_readme, tmp_path, monkeypatch):
@@ -450,9 +450,10 @@ def test_stale_tables_are_found_and_made_anew(update_readme, tmp_path, monkeypat
     run_script()
     run_script("--check")
     readme = (tmp_path / "README.md").read_text()
-    ((opening, closing),) = marks
-    table = update_readme.two_stage_table()
-    assert readme == f"before\n{opening}\n{table}\n{closing}\nafter\n"
+    assert readme == "".join(
+        f"before\n{opening}\n{getattr(update_readme, table)()}\n{closing}\nafter\n"
+        for (opening, closing), table in zip(marks, TABLES.values(), strict=True)
+    )
     (measured / "README.md").write_text("old")
     with pytest.raises(SystemExit, match=r"^scripts/measured/README\.md is stale"):
         run_script("--check")
