@@ -184,6 +184,16 @@ def test_bench_decode_times_nothing_that_decodes_other_tokens(bench_decode, monk
         bench_decode.check(bare, ours, work, options)
 
 
+def test_bench_attention(tmp_path):
+    sizes = ("--streams", "2", "--keys", "20", "--repeats", "4")
+    done = run(tmp_path, ROOT / "scripts/bench_attention.py", *sizes)
+    assert done.returncode == 0, done.stderr
+    found = {tuple(line.split()[:2]): float(line.split()[-1]) for line in done.stdout.splitlines()}
+    assert len(found) == 8
+    for (dtype, _), error in found.items():  # every way computes the same
+        assert 0 < error < {"torch.float32": 1e-6, "torch.bfloat16": 5e-3}[dtype]
+
+
 @pytest.mark.slow
 def test_search_learning_rate(tmp_path, tiny_folder):
     """At the recipe's own rate it finds what the recipe's run finds."""
