@@ -207,14 +207,16 @@ def test_without_means_without(graphs, accelerator, where):
     assert graphs == []
 
 
+@pytest.mark.parametrize("then", [True, False])
 @pytest.mark.parametrize("kind", ["qwen2", "gemma2"])
-def test_a_static_cache_that_is_full_goes_on_in_a_longer_one(graphs, kind):
+def test_a_static_cache_that_is_full_goes_on_in_a_longer_one(graphs, kind, then):
     sizes = {"attn_implementation": "eager", "sliding_window": 300} if kind == "gemma2" else {}
     model, ids = family_model(True, model_type=kind, **sizes), token_ids(1, 246)
     recycle.set_p(model, 4)
     first = model.generate(ids, **GREEDY, return_dict_in_generate=True)
     cache = first.past_key_values
     assert isinstance(cache, StaticCache)
+    model.compiles = then
     second = model.generate(
         first.sequences, past_key_values=cache, **GREEDY, return_dict_in_generate=True
     )

@@ -83,6 +83,8 @@ class FamilyModel(PeftModelForCausalLM):
         """As in transformers."""
         given = {"inputs": inputs, "generation_config": generation_config}
         options |= {name: value for name, value in given.items() if value is not None}
+        if isinstance(options.get("past_key_values"), StaticCache):
+            self._make_room(options)
         with choose_streams(self, streams_of(self).selection.current()):
             if self.compiles is False:
                 return super().generate(**_with(options, {"disable_compile": True}))
@@ -93,6 +95,23 @@ class FamilyModel(PeftModelForCausalLM):
                 return super().generate(**_with(options, {"disable_compile": True}))
             with self._compiling():
                 return super().generate(**_with(options, self._settings(options)))
+
+    def _make_room(self, options: Mapping[str, Any]) -> None:
+        """Lengthen a static cache, such as an earlier call returned, for what is to come."""
+        cache, text_config = options["past_key_values"], self.config.get_text_config()
+        needed = self._prepared(options)[1]
+        if _room(cache) < needed:
+            lengthen_cache(cache, text_config, cache_length(needed, text_config))
+
+    def _prepared(self, options: Mapping[str, Any]) -> tuple[GenerationConfig, int]:
+        """The settings of a call, and how many tokens there are at its end, at most."""
+        given = {"generation_config": None, **options}
+        config, _ = self.get_base_model()._prepare_generation_config(
+            given.pop("generation_config"), **given
+        )
+        new_tokens = config.max_new_tokens or config.max_length or 20  # transformers' own default
+        tokens = options.get("input_ids", options.get("inputs"))
+        return config, new_tokens + (tokens.shape[1] if isinstance(tokens, Tensor) else 0)
 
     @contextmanager
     def _compiling(self) -> Iterator[None]:
@@ -113,25 +132,16 @@ class FamilyModel(PeftModelForCausalLM):
         if self.compiles:
             settings["compile_config"] = CompileConfig()
             settings["compile_config"]._compile_all_devices = True
-        own = isinstance(cache, StaticCache)
-        if not (isinstance(tokens, Tensor) and (cache is None or own)):
+        if not (isinstance(tokens, Tensor) and (cache is None or isinstance(cache, StaticCache))):
             return {}
         if not settings.keys().isdisjoint(options):
             return {}
-        given = _with(options, settings)
-        config, _ = causal_lm._prepare_generation_config(
-            given.pop("generation_config", None), **given
-        )
-        new_tokens = config.max_new_tokens or config.max_length or 20  # transformers' own default
-        needed, text_config = tokens.shape[1] + new_tokens, causal_lm.config.get_text_config()
-        length = cache_length(needed, text_config)
+        config, needed = self._prepared(_with(options, settings))
+        text_config = causal_lm.config.get_text_config()
+        length = cache_length(needed, text_config) if cache is None else _room(cache)
         if cache is None:
             cache = StaticCache(text_config, max_cache_len=length)
             causal_lm._previous_max_cache_length = length  # transformers' is at least as long
-        elif (room := max(getattr(layer, "max_cache_len", 0) for layer in cache.layers)) < needed:
-            lengthen_cache(cache, text_config, length)
-        else:
-            length = room
         if (
             config.get_generation_mode(options.get("assistant_model")) not in MODES
             or config.prefill_chunk_size
@@ -192,6 +202,11 @@ def _with(options: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, 
     config = copy.deepcopy(config)
     config.update(**settings)
     return {**options, "generation_config": config}
+
+
+def _room(cache: StaticCache) -> int:
+    """Tokens that a static cache can hold."""
+    return max(getattr(layer, "max_cache_len", 0) for layer in cache.layers)
 
 
 def _say(line: str) -> None:
