@@ -14,8 +14,8 @@ PACKAGE = Path(recycle.__file__).parent
 FLOORS = (
     *("cli", "run", "serve", "train", "upstream", "evaluate", "decode", "family", "report"),
     *(
-        "law",
         "cost",
+        "law",
         "data",
         "parscale",
         "backbone",

@@ -1,8 +1,8 @@
 """The record of a run: `results.json`, one schema from which every table, plot and card is made.
 
 Needs pydantic and nothing heavier, so results can be read anywhere. Reading order: `schema.py` (the
-record), made of `comparison.py` (losses and their differences) and `machine.py`; `effort.py` (what
-a row cost to train); `file.py` (on disk); `table.py` (the tables).
+record), made of `comparison.py` (losses and their differences), `tasks.py`, `estimates.py` and
+`machine.py`; `effort.py` (what a row cost to train); `file.py` (on disk); `table.py` (the tables).
 """
 
 from .comparison import (
@@ -22,6 +22,7 @@ from .comparison import (
     token_mean,
 )
 from .effort import rows_of_training, with_training
+from .estimates import Estimate, Estimates
 from .file import ResultsError, read, write
 from .machine import Hardware, hardware, packages
 from .schema import (
@@ -30,6 +31,7 @@ from .schema import (
     DataRecord,
     FirstMeasurement,
     LossPoint,
+    MemoryGib,
     Results,
     TrainingRecord,
     WallSeconds,
@@ -44,3 +46,4 @@ from .table import (
     tabulate,
     tabulate_again,
 )
+from .tasks import Sample, TaskResult

@@ -27,8 +27,10 @@ from .comparison import (
     compare,
     paired_difference,
 )
+from .estimates import Estimates
 from .machine import Hardware
 from .record import Loss, Record
+from .tasks import Sample, TaskResult
 
 SCHEMA_VERSION: Final = 2
 
@@ -49,6 +51,8 @@ class BackboneRecord(Record):
     quantization: str | None = None
     """What it was loaded in: int8, nf4, or the name of the checkpoint's own method, as "gptq"."""
     parameters: PositiveInt
+    non_embedding_parameters: PositiveInt | None = None
+    """N of the scaling law; None in records from before it was counted."""
     model_type: str
     vocab_size: PositiveInt
     license: str | None = None
@@ -133,6 +137,14 @@ class WallSeconds(Record):
     """What the run said, before it trained, that training and evaluation would take."""
 
 
+class MemoryGib(Record):
+    """Peak memory of the run, of the GPU or of the process."""
+
+    announced: NonNegativeFloat
+    """What the run said, before it trained."""
+    taken: NonNegativeFloat
+
+
 class Results(Record):
     """Everything that is known of one run. `models` must be what `compare` makes of the losses."""
 
@@ -156,6 +168,14 @@ class Results(Record):
     models: tuple[ModelResult, ...]
     """In the order of the table; the backbone first."""
     wall_seconds: WallSeconds
+    memory_gib: MemoryGib | None = None
+    """None in records from before it was measured."""
+    estimates: Estimates | None = None
+    """Of inference with each P, as they were announced; None in earlier records."""
+    samples: tuple[Sample, ...] = ()
+    """How each row goes on with the same prompts."""
+    tasks: tuple[TaskResult, ...] = ()
+    """What `recycle eval` measured later, on tasks and on other data."""
     first: FirstMeasurement | None = None
     """What the run itself measured, where this is a later measurement by `recycle eval`."""
 
