@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: setup demo test test-fast test-all lint bench clean
+.PHONY: setup demo test test-fast test-all lint commands bench clean
 
 setup: $(VENV)/.installed
 
@@ -38,6 +38,13 @@ lint: setup
 	$(BIN)/mypy
 	$(BIN)/python scripts/update_readme.py --check
 	$(BIN)/python scripts/families.py --check
+	$(COMMANDS) | diff scripts/commands.md - || { echo 'scripts/commands.md is out of date: make commands'; exit 1; }
+
+# Every option of every command, from the help texts themselves.
+COMMANDS := $(BIN)/typer recycle.cli.entry utils docs --name recycle --title "Every command"
+
+commands: setup
+	$(COMMANDS) --output scripts/commands.md
 
 bench: setup
 	$(BIN)/python scripts/bench_overhead.py

@@ -1,6 +1,7 @@
 """The `recycle` command: what it prints, and what its user can put right in one message."""
 
 import json
+import shlex
 import shutil
 import statistics
 import subprocess
@@ -11,9 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
 from safetensors.torch import load_file
 
 from recycle import __version__, cli, results
+from recycle.cli.app import app
 from recycle.family.record import FAMILY_FILE
 from tests.runs import assert_refused, contents, environment, write_recipe
 from tests.runs import recycle as run_command
@@ -21,6 +24,7 @@ from tests.runs import recycle as run_command
 GOLDEN = Path(__file__).parent / "golden" / "qwen2-p2"
 
 
+COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 Recycle = Callable[..., subprocess.CompletedProcess[str]]
 
 
@@ -469,8 +473,19 @@ def test_help_imports_no_room() -> None:
     )
     loaded = {name.partition(".")[0] for name in json.loads(done.stderr)}
     assert not loaded & {"torch", "transformers", "peft", "pydantic", "trl", "datasets", "ruamel"}
-    for command in ("run", "show", "eval", "generate", "serve", "import", "export"):
+    for command in COMMANDS:
         assert f"\n  {command} " in done.stdout
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_ends_with_an_example_that_the_command_takes(name: str) -> None:
+    command = COMMANDS[name]
+    program, given, *arguments = shlex.split((command.epilog or "").removeprefix("Example: "))
+    assert (program, given) == ("recycle", name)
+    context = command.make_context(name, arguments)
+    assert set(context.params) == {parameter.name for parameter in command.params} - {"help"}
+    undescribed = [x.name for x in command.params if not getattr(x, "help", None)]
+    assert undescribed == []
 
 
 def test_help_costs_little_more_than_typer_and_rich() -> None:

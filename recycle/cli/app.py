@@ -27,12 +27,15 @@ console = Console(width=None if sys.stdout.isatty() else 140, markup=False)
 
 Target = Annotated[
     str,
-    typer.Argument(help="A recipe file, the name of a shipped recipe, a model folder or a Hub id."),
+    typer.Argument(
+        metavar="TARGET",
+        help="A recipe file, the name of a shipped recipe, a model folder or a Hub id.",
+    ),
 ]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(
-        metavar="[KEY=VALUE]...",
+        metavar="KEY=VALUE",
         help="Set a field (training.tokens=20M) or pick a fragment (data=python-code).",
     ),
 ]
@@ -66,6 +69,11 @@ def _common(
     ] = False,
 ) -> None:
     pass
+
+
+def example(command: str) -> str:
+    """What stands at the end of a command's help."""
+    return f"Example: {command}"
 
 
 def command_line() -> str:

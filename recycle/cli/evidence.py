@@ -4,10 +4,10 @@ from typing import Annotated
 
 import typer
 
-from .app import Moved, app, command_line, console, quiet_libraries
+from .app import Moved, app, command_line, console, example, quiet_libraries
 
 
-@app.command()
+@app.command(epilog=example("recycle eval runs/demo backbone.quantization=nf4 --out nf4.json"))
 def eval(
     source: Annotated[str, typer.Argument(metavar="RUN", help="The folder of a finished run.")],
     out: Annotated[
@@ -17,7 +17,7 @@ def eval(
     overrides: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[KEY=VALUE]...",
+            metavar="KEY=VALUE",
             help="Set a field of evaluation or launch (evaluation.batch_size=8), or the "
             "backbone's precision (backbone.quantization=none).",
         ),

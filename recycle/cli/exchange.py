@@ -7,10 +7,25 @@ import typer
 from recycle.disk import expand, read_json_object
 from recycle.errors import RecycleError
 
-from .app import Moved, NumStreams, Run, app, check_model, check_new, console, quiet_libraries
+from .app import (
+    Moved,
+    NumStreams,
+    Run,
+    app,
+    check_model,
+    check_new,
+    console,
+    example,
+    quiet_libraries,
+)
 
 
-@app.command(name="import")
+@app.command(
+    name="import",
+    epilog=example(
+        "recycle import ParScale/ParScale-Qwen-3B-P4-Python p4 --backbone Qwen/Qwen2.5-3B"
+    ),
+)
 def import_(
     checkpoint: Annotated[str, typer.Argument(help="Upstream checkpoint: a folder or a Hub id.")],
     out: Annotated[
@@ -52,7 +67,7 @@ def import_(
         console.print(f"Model: {folder}, a plain Qwen2. Recycle it with: recycle run {folder}")
 
 
-@app.command()
+@app.command(epilog=example("recycle export runs/demo p4-upstream --p 4"))
 def export(
     source: Run,
     out: Annotated[

@@ -4,10 +4,10 @@ from typing import Annotated
 
 import typer
 
-from .app import Overrides, Target, app, command_line, console, fail, quiet_libraries
+from .app import Overrides, Target, app, command_line, console, example, fail, quiet_libraries
 
 
-@app.command()
+@app.command(epilog=example("recycle run Qwen/Qwen2.5-3B streams=2,4,8 training.tokens=20M"))
 def run(
     target: Target,
     overrides: Overrides = None,
@@ -43,10 +43,13 @@ def run(
         fail(kept(found.folder), 130)
 
 
-@app.command()
+@app.command(epilog=example("recycle show demo streams=2,4,8"))
 def show(
     target: Annotated[
-        str | None, typer.Argument(help="As for run; without it, the shipped recipes are listed.")
+        str | None,
+        typer.Argument(
+            metavar="TARGET", help="As for run; without it, the shipped recipes are listed."
+        ),
     ] = None,
     overrides: Overrides = None,
 ) -> None:

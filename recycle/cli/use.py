@@ -6,10 +6,20 @@ import typer
 
 from recycle.errors import RecycleError
 
-from .app import Compile, Moved, NumStreams, Run, app, check_model, quiet_libraries, standard_input
+from .app import (
+    Compile,
+    Moved,
+    NumStreams,
+    Run,
+    app,
+    check_model,
+    example,
+    quiet_libraries,
+    standard_input,
+)
 
 
-@app.command()
+@app.command(epilog=example('recycle generate runs/demo --prompt "def merge(a, b):" --p 2'))
 def generate(
     source: Run,
     prompt: Annotated[str, typer.Option(help="Text to go on with; - reads standard input.")],
@@ -44,7 +54,7 @@ def generate(
     generate_text(source, text, p, max_new_tokens, chat, backbone, *sampling, compile)
 
 
-@app.command()
+@app.command(epilog=example("recycle serve runs/demo --port 8000"))
 def serve(
     source: Run,
     host: Annotated[
