@@ -12,6 +12,7 @@ os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
+os.environ["OPENBLAS_NUM_THREADS"] = "1"  # scipy's threads wait for each other where cores are busy
 
 import random
 from pathlib import Path

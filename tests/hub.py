@@ -96,7 +96,12 @@ def _oid(content: bytes) -> str:
 class Hub:
     """The server, running in a thread inside `with`; `requests` lists what was asked so far."""
 
-    def __init__(self, root: Path, gated: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self,
+        root: Path,
+        gated: tuple[str, ...] = (),
+        handler: "type[Handler] | None" = None,
+    ) -> None:
         self.repositories: dict[tuple[str, str], Repository] = {}
         for kind in ("models", "datasets"):
             for folder in sorted((root / kind).glob("*/*")):
@@ -104,7 +109,7 @@ class Hub:
                 repository = Repository(kind, name, folder, name in gated)
                 self.repositories[kind, name] = repository
         self.requests: list[str] = []
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler or Handler)
         self._server.daemon_threads = True
         self._server.hub = self  # type: ignore[attr-defined]
         self.url = f"http://127.0.0.1:{self._server.server_port}"
@@ -160,7 +165,9 @@ _FILE = re.compile(
 )
 
 
-class _Handler(BaseHTTPRequestHandler):
+class Handler(BaseHTTPRequestHandler):
+    """Answers what downloads ask; see tests/hub_upload.py for uploads."""
+
     protocol_version = "HTTP/1.1"
 
     def log_message(self, format: str, *args: Any) -> None:
@@ -178,24 +185,29 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self) -> None:
         url = urlsplit(self.path)
         path = unquote(url.path)
-        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        body = self.body()
         hub: Hub = self.server.hub  # type: ignore[attr-defined]
         hub.requests.append(f"{self.command} {path}")
         try:
-            if found := _FILE.fullmatch(path):
-                kind = "datasets" if found["kind"] else "models"
-                repository = hub.repository(kind, found["name"])
-                self._send_file(repository, found["revision"], found["path"])
-            elif found := _API.fullmatch(path):
-                repository = hub.repository(found["kind"], found["name"])
-                repository.check(found["revision"] or "main")
-                query = parse_qs(url.query)
-                self._send_json(self._ask(repository, found["verb"], found["path"], query, body))
-            else:
-                raise HubError(404, "EntryNotFound", f"the stand-in has no {path}")
+            self.reply(hub, path, parse_qs(url.query), body)
         except HubError as error:
             headers = {"X-Error-Code": error.code, "X-Error-Message": error.message}
-            self._send(error.status, json.dumps({"error": error.message}).encode(), headers)
+            self.send(error.status, json.dumps({"error": error.message}).encode(), headers)
+
+    def body(self) -> bytes:
+        return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+
+    def reply(self, hub: Hub, path: str, query: dict[str, list[str]], body: bytes) -> None:
+        if found := _FILE.fullmatch(path):
+            kind = "datasets" if found["kind"] else "models"
+            repository = hub.repository(kind, found["name"])
+            self._send_file(repository, found["revision"], found["path"])
+        elif found := _API.fullmatch(path):
+            repository = hub.repository(found["kind"], found["name"])
+            repository.check(found["revision"] or "main")
+            self.send_json(self._ask(repository, found["verb"], found["path"], query, body))
+        else:
+            raise HubError(404, "EntryNotFound", f"the stand-in has no {path}")
 
     @staticmethod
     def _ask(
@@ -230,12 +242,12 @@ class _Handler(BaseHTTPRequestHandler):
             start, end = int(span[1]), min(int(span[2] or len(content) - 1), len(content) - 1)
             headers["Content-Range"] = f"bytes {start}-{end}/{len(content)}"
             content, status = content[start : end + 1], 206
-        self._send(status, content, headers)
+        self.send(status, content, headers)
 
-    def _send_json(self, value: Any) -> None:
-        self._send(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
+    def send_json(self, value: Any) -> None:
+        self.send(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
 
-    def _send(self, status: int, content: bytes, headers: dict[str, str]) -> None:
+    def send(self, status: int, content: bytes, headers: dict[str, str]) -> None:
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name, value)

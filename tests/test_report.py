@@ -234,8 +234,18 @@ def test_report_has_the_table_and_the_facts() -> None:
 
 
 def test_model_card_loads_as_one_and_names_hub_ids() -> None:
-    card = ModelCard(render_card(hub_results()))
-    assert card.data.to_dict() == {
+    card = ModelCard(render_card(hub_results()), ignore_metadata_errors=False)
+    shown = card.data.to_dict()
+    (index,) = shown.pop("model-index")
+    (result,) = index["results"]
+    assert index["name"] == "demo"
+    assert result["dataset"]["type"] == "codeparrot/codeparrot-clean"
+    assert result["metrics"][2] == {
+        "type": "loss",
+        "name": "P = 2: nats per token",
+        "value": 2.7667,
+    }
+    assert shown == {
         "base_model": "Qwen/Qwen2.5-3B",
         "base_model_relation": "adapter",
         "datasets": ["codeparrot/codeparrot-clean"],

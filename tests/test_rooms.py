@@ -12,7 +12,18 @@ import recycle
 PACKAGE = Path(recycle.__file__).parent
 # From the top floor down, as in DESIGN.
 FLOORS = (
-    *("cli", "run", "serve", "train", "upstream", "evaluate", "decode", "family", "report"),
+    *(
+        "cli",
+        "publish",
+        "run",
+        "serve",
+        "train",
+        "upstream",
+        "evaluate",
+        "decode",
+        "family",
+        "report",
+    ),
     *(
         "cost",
         "law",

@@ -1,8 +1,12 @@
-"""What a family is worth: eval."""
+"""What a family is worth: eval, fit."""
 
+import json
+import os
 from typing import Annotated
 
 import typer
+
+from recycle.errors import RecycleError
 
 from .app import Moved, app, command_line, console, example, quiet_libraries
 
@@ -31,3 +35,65 @@ def eval(
     from recycle.run.remeasurement import measure_again
 
     measure_again(finished, out, command_line(), console)
+
+
+@app.command(epilog=example("recycle fit runs/one runs/other --forecast 3B,8"))
+def fit(
+    results: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="RESULTS",
+            help="Run folders, results.json files, or JSON lists of "
+            '{"p": 2, "parameters": 538195842, "loss": 1.15}, N outside the embeddings.',
+        ),
+    ] = None,
+    paper: Annotated[
+        str | None,
+        typer.Option(metavar="CORPUS", help="The paper's points: stack-v2-python or pile."),
+    ] = None,
+    forecast: Annotated[
+        list[str] | None,
+        typer.Option(metavar="N,P", help="Forecast the loss there, such as 3B,8; repeatable."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
+) -> None:
+    """Fit the scaling law L = E + (A / (N (k ln P + 1)))^alpha to losses, and forecast.
+
+    Huber loss on log L (δ = 0.001), from upstream's grid of starts; intervals by resampling points.
+    """
+    from recycle.law.points import paper_points, read_points
+
+    if bool(results) == bool(paper):
+        raise RecycleError(
+            "fit takes either results of your own (run folders, results.json, lists of points), or "
+            "--paper stack-v2-python or --paper pile."
+        )
+    wanted = [_place(x) for x in forecast or []]
+    points = paper_points(paper) if paper else read_points(results or [])
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # for ten numbers they wait for each other
+    from recycle.law.fit import bootstrap
+    from recycle.law.fit import fit as fit_law
+    from recycle.law.summary import summarise, tabulate
+
+    law = fit_law(points)
+    summary = summarise(points, law, bootstrap(points, law), wanted)
+    if as_json:
+        print(json.dumps(summary))
+    else:
+        console.print(tabulate(summary))
+
+
+def _place(text: str) -> tuple[float, int]:
+    """N and P of `3B,8`."""
+    from pydantic import TypeAdapter, ValidationError
+
+    from recycle.recipe.kinds import Count, Rate
+
+    parameters, _, p = text.partition(",")
+    try:
+        return TypeAdapter(Rate).validate_python(parameters), TypeAdapter(Count).validate_python(p)
+    except ValidationError:
+        raise RecycleError(
+            f"--forecast takes N,P: parameters outside the embeddings and streams, such as 3B,8; "
+            f"got {text!r}."
+        ) from None

@@ -1,5 +1,6 @@
-"""Families come and go: import, export."""
+"""Families come and go: import, export, push."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -97,3 +98,21 @@ def export(
         f"Checkpoint: {folder}. To load it with upstream's code, put its two files "
         "configuration_qwen2_parscale.py and modeling_qwen2_parscale.py beside config.json."
     )
+
+
+@app.command(epilog=example("recycle push runs/demo my-name/demo-streams --private"))
+def push(
+    source: Annotated[str, typer.Argument(metavar="RUN", help="The folder of a finished run.")],
+    name: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="The repository on the Hub.")],
+    private: Annotated[
+        bool, typer.Option("--private", help="Make a new repository private.")
+    ] = False,
+) -> None:
+    """Upload a finished run to the Hub: adapters, tokenizer, card, report and results.
+
+    A repository that exists gets a new commit. Checkpoints and this machine's paths stay here.
+    """
+    from recycle.publish import push as upload
+
+    quiet_libraries()
+    console.print(f"Published: {upload(Path(source), name, private, console)}")

@@ -5,9 +5,10 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
-from recycle.results import ADAPTED, Results, precision, rows_of_training
+from recycle.results import ADAPTED, CONTROL, Results, precision, rows_of_training
 
-from .markdown import code, escape, facts, fence, join_blocks
+from .evaluations import evaluation_results
+from .markdown import bullets, code, escape, facts, fence, join_blocks
 from .publication import hide_folders
 from .result import render_result
 
@@ -30,6 +31,13 @@ from peft import PeftModel
 
 model = PeftModel.from_pretrained(backbone, "FOLDER/adapted").{merge}()
 model = PeftModel.from_pretrained(model, "FOLDER/p{largest}")"""
+PEFT_ON_MODEL = """\
+import recycle.parscale  # registers the method with PEFT
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+backbone = AutoModelForCausalLM.from_pretrained("{base}")
+model = PeftModel.from_pretrained(backbone, "FOLDER/p{largest}")"""
 ONE = {
     "none": "; 1 is the backbone, bit for bit",
     "lora": "; 1 is the adapted model",
@@ -51,8 +59,13 @@ ELSEWHERE = (
 )
 
 
-def render_card(results: Results) -> str:
-    """The README.md of the run folder, meant to be published."""
+def render_card(results: Results, name: str | None = None) -> str:
+    """The README.md of the run folder, meant to be published.
+
+    Args:
+        results: Of the run.
+        name: Its id on the Hub, if that is known.
+    """
     results = hide_folders(results)
     backbone, data = results.backbone, results.data
     streams = sorted(model.num_streams for model in results.models if model.num_streams > 1)
@@ -60,7 +73,10 @@ def render_card(results: Results) -> str:
     trained_on = results.first or backbone
     kind = _foundation(results)
     offered = streams if kind == "all" else [1, *streams]
-    plain = PEFT_ON_LORA if kind == "lora" else PEFT
+    # A model in the folder has no place that holds after a move; published, no folder has one.
+    base = {"full": "FOLDER/adapted", "all": "FOLDER/backbone"}.get(kind, "BACKBONE")
+    elsewhere = base != "BACKBONE" or (name is not None and backbone.source != "hub")
+    plain = PEFT_ON_LORA if kind == "lora" else PEFT_ON_MODEL if elsewhere else PEFT
     merge = "get_base_model" if trained_on.quantization else "merge_and_unload"
     rows = [x.name for x in results.models]
     tokens = [
@@ -72,15 +88,20 @@ def render_card(results: Results) -> str:
         f"# {escape(results.name)}",
         f"Adapters that give {code(backbone.id)} P = {', '.join(map(str, streams))} parallel "
         f"streams ([ParScale](https://arxiv.org/abs/2505.10475)). {FOUNDATIONS[kind]}",
+        bullets(_adapters(results, kind)),
         "## How to load",
-        "With `recycle-lm` installed; FOLDER is this folder or its Hub id:",
+        f"With `recycle-lm` installed{'' if name else '; FOLDER is this folder or its Hub id'}:",
         fence(
-            RECYCLE.format(largest=largest, smallest=smallest, offered=offered, one=ONE[kind]),
+            RECYCLE.format(
+                largest=largest, smallest=smallest, offered=offered, one=ONE[kind]
+            ).replace("FOLDER", name or "FOLDER"),
             "python",
         ),
         "One P with plain PEFT, where FOLDER is on disk:",
-        fence(plain.format(largest=largest, merge=merge), "python"),
-        "" if backbone.source == "hub" or kind in ("full", "all") else ELSEWHERE,
+        fence(plain.format(largest=largest, merge=merge, base=base), "python"),
+        ""
+        if backbone.source == "hub" or kind in ("full", "all")
+        else ELSEWHERE.replace("FOLDER", name or "FOLDER"),
         "`recycle.load` loads the backbone as it was in training "
         f"({escape(precision(trained_on))}), or as its `dtype=` and `quantization_config=` say; "
         "`recycle eval` measures what that changes.",
@@ -101,6 +122,22 @@ def render_card(results: Results) -> str:
         ),
         "More in `report.md`; every number, with the loss of each document, in `results.json`.",
     )
+
+
+def _adapters(results: Results, kind: str) -> list[str]:
+    """Each adapter with its P and parameters, in Markdown."""
+    whole = results.backbone.parameters if kind == "all" else 0  # counted with the streams
+    lines = []
+    for row in results.models:
+        parameters = f"{row.adapter_parameters - whole:,} parameters"
+        if row.num_streams > 1:
+            lines.append(f"`p{row.num_streams}/`: P = {row.num_streams}, {parameters}")
+        elif row.name == CONTROL:
+            lines.append(f"`control/`: one stream, for comparison, {parameters}")
+        elif row.name == ADAPTED:
+            what = "a LoRA of" if kind == "lora" else "the whole model,"
+            lines.append(f"`adapted/`: P = 1, {what} {parameters}")
+    return lines
 
 
 def _foundation(results: Results) -> str:
@@ -127,6 +164,8 @@ def _metadata(results: Results) -> str:
         pipeline_tag="text-generation",
         tags=["parscale", "recycle"],
         datasets=[data.path] if data.source == "hub" and data.path is not None else None,
+        model_name=results.name,
+        eval_results=evaluation_results(results),
     )
     return card.to_yaml(line_break="\n").strip()
 

@@ -16,18 +16,31 @@ _WORD = re.compile(r"""(?:'[^']*'|"[^"]*"|\S)+""")
 
 
 def hide_folders(results: Results) -> Results:
-    """The same results with the last part only of every local path; `results.json` keeps them."""
+    """The same results with the last part only of every local path; `results.json` keeps them.
+
+    Of the platform the system's name stays: the release of a kernel can name who built it.
+    """
     backbone, parts = results.backbone, [results.data, results.adapt_data or results.data]
     local = {backbone.id} if backbone.source == "folder" else set()
     local |= {x.path for x in parts if x.path is not None and x.source not in ("hub", "stdlib")}
-    include = {"backbone", "data", "adapt_data", "recipe"}
+    include = {"backbone", "data", "adapt_data", "recipe", "tasks"}
     hidden = _hide(results.model_dump(include=include), local)
-    command = results.command
-    for path in sorted(local, key=len, reverse=True):
-        command = command.replace(path, _last_part(path))
+    system = results.hardware.platform.partition("-")[0]
+    tasks = [
+        task.model_copy(
+            update={
+                "name": _last_part(task.name) if task.name.startswith(("/", "~")) else task.name,
+                "settings": shown["settings"],
+                "command": _hide_command(task.command, local),
+            }
+        )
+        for task, shown in zip(results.tasks, hidden["tasks"], strict=True)
+    ]
     return results.model_copy(
         update={
-            "command": _WORD.sub(lambda word: _shorten(word[0]), command),
+            "command": _hide_command(results.command, local),
+            "hardware": results.hardware.model_copy(update={"platform": system}),
+            "tasks": tuple(tasks),
             "recipe": hidden["recipe"],
             "backbone": backbone.model_copy(update=hidden["backbone"]),
             "data": results.data.model_copy(update=hidden["data"]),
@@ -37,10 +50,16 @@ def hide_folders(results: Results) -> Results:
     )
 
 
+def _hide_command(command: str, local: set[str]) -> str:
+    for path in sorted(local, key=len, reverse=True):
+        command = command.replace(path, _last_part(path))
+    return _WORD.sub(lambda word: _shorten(word[0]), command)
+
+
 def _hide(value: Any, local: set[str]) -> Any:
     if isinstance(value, dict):
         return {_hide(key, local): _hide(item, local) for key, item in value.items()}
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return [_hide(item, local) for item in value]
     if isinstance(value, str):
         return _last_part(value) if value in local else _shorten(value)

@@ -1,0 +1,132 @@
+"""What of a run folder leaves this machine.
+
+Adapters and weights as they are, the tokenizer in JSON with its chat template in it, and what is
+made anew from the results, without paths: card, report, plots, and `results.json` with the recipe.
+Nothing else: checkpoints, optimiser states and the weights that were only compared stay.
+"""
+
+import json
+import re
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from recycle import results
+from recycle.disk import expand, read_json_object
+from recycle.errors import RecycleError
+from recycle.family.record import ADAPTED, CONFIG, CONTROL, FAMILY_FILE, Family
+from recycle.report import render_card, write_report
+from recycle.report.publication import hide_folders
+from recycle.results import Results
+
+RESULTS = "results.json"
+BACKBONE = "backbone"
+OF_TOKENIZER = ("token*.json", "vocab*.json", "special_tokens*.json", "added_tokens*.json")
+TEMPLATE, TOKENIZER_CONFIG = "chat_template.jinja", "tokenizer_config.json"
+PATTERNS = (*OF_TOKENIZER, "*config.json", "*.safetensors", "*.safetensors.index.json")
+VOCABULARY = ("tokenizer.json", "vocab.json")  # any text can be a token
+
+Content = bytes | Path
+
+
+class PublicationError(RecycleError):
+    """A run cannot be published."""
+
+
+def contents(run: Path, name: str) -> dict[str, Content]:
+    """The files to publish, by their path in the repository.
+
+    Args:
+        run: The folder of a finished run.
+        name: Of the repository, for the card.
+
+    Raises:
+        PublicationError: The run is not finished, a link leads out of its folder, or a file names a
+            folder of this machine.
+    """
+    if not run.is_dir():
+        raise PublicationError(f"There is no folder {run}. Name the folder of a finished run.")
+    if not (run / RESULTS).is_file() or not (run / FAMILY_FILE).is_file():
+        raise PublicationError(
+            f"{run} is no finished run, it lacks {RESULTS} or {FAMILY_FILE}. Finish it with "
+            "`recycle run`."
+        )
+    family, record = Family.read(run), hide_folders(results.read(run / RESULTS))
+    folders = [f"p{p}" for p in family.p_values] + [CONTROL] * family.control
+    folders += [x for x in (ADAPTED, BACKBONE) if (run / x).is_dir()]
+    found: dict[str, Content] = {FAMILY_FILE: run / FAMILY_FILE}
+    for place in (run, *(run / folder for folder in folders)):
+        for path in sorted(x for pattern in PATTERNS for x in place.glob(pattern)):
+            found[path.relative_to(run).as_posix()] = path
+    if missing := [x for x in family.sha256 if x not in found]:
+        raise PublicationError(f"{run} lacks {missing[0]}. Copy the whole run folder again.")
+    for file, content in found.items():
+        if isinstance(content, Path) and not content.resolve().is_relative_to(run.resolve()):
+            raise PublicationError(
+                f"{run / file} is a link out of the run's folder. Copy the file."
+            )
+        if file.endswith(CONFIG):
+            found[file] = _without_place(run / file, record)
+        if Path(file).name == TOKENIZER_CONFIG:
+            found[file] = _with_template(run / file)
+    found |= _made_anew(record, name)
+    _refuse_places(found, run)
+    return found
+
+
+def _without_place(path: Path, record: Results) -> bytes:
+    """An adapter's config, in which a backbone on this machine has no place."""
+    config = read_json_object(path, PublicationError)
+    recorded = str(config.get("base_model_name_or_path") or "")
+    on_hub = record.backbone.source == "hub" and recorded == record.backbone.id
+    if not on_hub and (recorded.startswith(("/", "~", ".")) or expand(recorded).exists()):
+        own = Path(recorded).name  # where it is one of the family's folders, it is found there
+        config["base_model_name_or_path"] = own if own in (ADAPTED, BACKBONE) else None
+    return f"{json.dumps(config, indent=2)}\n".encode()
+
+
+def _with_template(path: Path) -> bytes:
+    """A tokenizer's config with the chat template, which transformers reads from there as well."""
+    config, template = read_json_object(path, PublicationError), path.parent / TEMPLATE
+    if template.is_file():
+        config["chat_template"] = template.read_text()
+    return f"{json.dumps(config, indent=2, ensure_ascii=False)}\n".encode()
+
+
+def _made_anew(record: Results, name: str) -> dict[str, Content]:
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        write_report(record, folder)
+        results.write(record, folder / RESULTS)
+        made: dict[str, Content] = {x.name: x.read_bytes() for x in sorted(folder.iterdir())}
+    return made | {"README.md": render_card(record, name).encode()}
+
+
+def _refuse_places(found: Mapping[str, Content], run: Path) -> None:
+    """Refuse a text, or a header of weights, that names a folder of this machine."""
+    places = {str(x) for x in (Path.home(), Path.cwd(), run.absolute(), run.resolve())} - {"/"}
+    named = re.compile(rf"(?<![\w.-])(?:{'|'.join(map(re.escape, sorted(places)))})(?![\w-])")
+    temporary = re.compile(rf"{re.escape(tempfile.gettempdir())}/[\w.-]+")
+    for file, text in _texts(found):
+        # A reply of a model may name /tmp/x; what counts is a folder that is there.
+        there = [x[0] for x in temporary.finditer(text) if Path(x[0]).exists()]
+        if place := named.search(text):
+            there.append(place[0])
+        if there:
+            raise PublicationError(
+                f"{file} names {there[0]}, a folder of this machine, and nothing was uploaded. "
+                "Take that out of the run folder's file, or run the recipe with a relative path."
+            )
+
+
+def _texts(found: Mapping[str, Content]) -> Iterator[tuple[str, str]]:
+    for file, content in found.items():
+        if isinstance(content, bytes):
+            if not file.endswith(".png"):
+                yield file, content.decode(errors="replace")
+        elif content.suffix == ".safetensors":
+            with content.open("rb") as weights:
+                size = int.from_bytes(weights.read(8), "little")
+                yield file, weights.read(size).decode(errors="replace")
+        elif content.name not in VOCABULARY:
+            yield file, content.read_text(errors="replace")
