@@ -79,7 +79,7 @@ def test_run(home: Path) -> None:
         (row,) = (row for row in rows if row.startswith(f"{model.name} "))
         assert f"{model.loss:.4f}" in row
         assert f"{model.kv_bytes_per_token:,}" in row
-    assert "Report: runs/tiny/report.md" in printed
+    assert "Report: runs/tiny/report.html" in printed
     assert record.command == "recycle run tiny.yaml"
 
 

@@ -29,7 +29,8 @@ from tests.test_results import make_results
 from tests.tiny import tiny_model, tiny_tokenizer
 
 FILES = {
-    *("README.md", "report.md", "loss_vs_streams.png", "loss_vs_tokens.png"),
+    *("README.md", "report.md", "report.html", "loss_vs_streams.png", "loss_vs_tokens.png"),
+    *("loss_vs_latency.png", "loss_vs_memory.png", "paper_law.png"),
     *("results.json", "family.json", "tokenizer.json", "tokenizer_config.json"),
     *(f"p{p}/adapter_{x}" for p in (2, 4) for x in ("config.json", "model.safetensors")),
 }
@@ -91,14 +92,14 @@ def test_a_family_goes_and_comes_back(hub: UploadHub, tmp_path: Path) -> None:
     env = environment(hub.url, tmp_path / "home")
     done = recycle("push", run, "tiny/family", "--private", cwd=tmp_path, env=env)
     assert done.returncode == 0, done.stderr
-    assert "tiny/family is new: 12 files" in done.stdout
+    assert "tiny/family is new: 16 files" in done.stdout
     assert f"Published: {hub.url}/tiny/family/commit/" in done.stdout
     assert hub.visibility == {"tiny/family": "private"}
     (commit,) = hub.commits
     assert set(commit["added"]) == FILES
 
     there = hub.root / "models" / "tiny" / "family"
-    for file in FILES - {"loss_vs_streams.png", "loss_vs_tokens.png"}:
+    for file in FILES - {x for x in FILES if x.endswith(".png")}:
         content = (there / file).read_bytes()
         assert str(tmp_path).encode() not in content, file
         assert b"acme" not in content, file
@@ -154,7 +155,7 @@ def test_another_push_is_another_commit_without_what_the_run_lacks(
     hub.refresh("tiny/family")
     env = environment(hub.url, tmp_path / "home")
     done = recycle("push", run, "tiny/family", cwd=tmp_path, env=env)
-    assert "tiny/family exists and gets a new commit: 12 files" in done.stdout, done.stderr
+    assert "tiny/family exists and gets a new commit: 16 files" in done.stdout, done.stderr
     assert hub.commits[0]["deleted"] == ["p8/adapter_config.json"]
     assert (there / "notes.md").exists()
 

@@ -21,17 +21,18 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 import recycle.results
+from recycle import law
 from recycle.report import (
     explain_table,
     list_warnings,
     plot_loss_vs_streams,
     plot_loss_vs_tokens,
-    plots,
     render_card,
     render_report,
     state_findings,
     write_report,
 )
+from recycle.report.drawing import png
 from recycle.report.publication import hide_folders
 from recycle.results import (
     BackboneRecord,
@@ -48,6 +49,13 @@ from recycle.results import (
     tabulate_again,
 )
 from tests.test_results import FIRST, LOSSES, make_results
+
+
+@pytest.fixture(autouse=True)
+def _no_law(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The law is tested in test_law.py, and its place in the report in test_page.py."""
+    monkeypatch.setattr(law, "fit_run", lambda results: "There is no law here.", raising=False)
+
 
 NASTY = "a|b\n---\n# `$x_1$` *<b>* [l](u) \\"
 
@@ -447,7 +455,7 @@ def test_what_users_name_breaks_nothing() -> None:
     for made in (text, card.text):
         assert "\n---\n" not in made
         assert "\n# `" not in made
-    assert png_size(plot_loss_vs_streams(results)) == (1008, 648)
+    assert png_size(png(plot_loss_vs_streams(results))) == (1008, 648)
 
 
 def png_size(content: bytes) -> tuple[int, int]:
@@ -459,31 +467,24 @@ def png_size(content: bytes) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("plot", [plot_loss_vs_streams, plot_loss_vs_tokens])
-def test_plots_depend_on_the_numbers_alone(plot: Callable[[Results], bytes]) -> None:
-    first = plot(make_results())
+def test_plots_depend_on_the_numbers_alone(plot: Callable[[Results], Figure]) -> None:
+    first = png(plot(make_results()))
     assert png_size(first) == (1008, 648)
-    assert plot(make_results()) == first
+    assert png(plot(make_results())) == first
     nested, control = make_results().training
     point = nested.curve[1].model_copy(update={"validation_loss": {"P = 2": 2.2, "P = 4": 2.0}})
     changed = make_results(
         LOSSES | {"P = 4": (1.4, 2.5, 3.3)},
         training=(nested.model_copy(update={"curve": (nested.curve[0], point)}), control),
     )
-    assert plot(changed) != first
+    assert png(plot(changed)) != first
 
 
-@pytest.fixture
-def figure(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Figure]:
-    """Gives the figure of a plot, rather than its bytes."""
-    kept: list[Figure] = []
-    monkeypatch.setattr(plots, "_png", kept.append)
-
-    def draw(plot: Callable[[Results], bytes], results: Results) -> Figure:
-        plot(results)
-        kept[-1].draw_without_rendering()
-        return kept[-1]
-
-    return draw
+def figure(plot: Callable[[Results], Figure], results: Results) -> Figure:
+    """A plot with its ticks in their places."""
+    drawn = plot(results)
+    drawn.draw_without_rendering()
+    return drawn
 
 
 def bars(drawn: Figure) -> tuple[list[float], list[tuple[float, float]]]:
@@ -493,9 +494,7 @@ def bars(drawn: Figure) -> tuple[list[float], list[tuple[float, float]]]:
     return list(line.get_ydata()), [tuple(x[:, 1]) for x in ends.get_segments()]
 
 
-def test_the_plot_shows_differences_to_the_control_with_their_own_errors(
-    figure: Callable[..., Figure],
-) -> None:
+def test_the_plot_shows_differences_to_the_control_with_their_own_errors() -> None:
     drawn = figure(plot_loss_vs_streams, make_results())
     points, ends = bars(drawn)
     assert points == pytest.approx([-0.1 / 3, -1.1 / 3])
@@ -509,9 +508,7 @@ def test_the_plot_shows_differences_to_the_control_with_their_own_errors(
     assert [label.get_text() for label in axes.get_xticklabels()] == ["2", "4"]
 
 
-def test_the_plot_shows_differences_to_the_backbone_where_there_is_no_control(
-    figure: Callable[..., Figure],
-) -> None:
+def test_the_plot_shows_differences_to_the_backbone_where_there_is_no_control() -> None:
     losses = {name: LOSSES[name] for name in ("backbone", "P = 4")}
     drawn = figure(plot_loss_vs_streams, make_results(losses))
     (point,), ((low, high),) = bars(drawn)
@@ -520,7 +517,7 @@ def test_the_plot_shows_differences_to_the_backbone_where_there_is_no_control(
     assert "minus the backbone's" in drawn.axes[0].get_ylabel()
 
 
-def test_axes_show_the_numbers_themselves(figure: Callable[..., Figure]) -> None:
+def test_axes_show_the_numbers_themselves() -> None:
     nested, control = make_results().training
     curve = tuple(
         CurvePoint(step=i, tokens=i * 100_000, validation_loss={"P = 2": 2.483 + i * 1e-7})
@@ -543,11 +540,11 @@ def test_axes_show_the_numbers_themselves(figure: Callable[..., Figure]) -> None
 
 def test_plots_of_a_run_without_training_or_control() -> None:
     results = make_results({n: LOSSES[n] for n in ("backbone", "P = 2")}, training=())
-    assert png_size(plot_loss_vs_tokens(results)) == (1008, 648)
-    assert png_size(plot_loss_vs_streams(results)) == (1008, 648)
+    assert png_size(png(plot_loss_vs_tokens(results))) == (1008, 648)
+    assert png_size(png(plot_loss_vs_streams(results))) == (1008, 648)
 
 
-def test_ticks_of_a_run_of_no_tokens(figure: Callable[..., Figure]) -> None:
+def test_ticks_of_a_run_of_no_tokens() -> None:
     nested, _ = make_results().training
     untrained = nested.model_copy(update={"curve": nested.curve[:1]})
     (axes,) = figure(plot_loss_vs_tokens, make_results(training=(untrained,))).axes
@@ -591,16 +588,17 @@ def test_a_path_of_any_bytes_is_reported(tmp_path: Path) -> None:
 
 
 def test_write_report(tmp_path: Path) -> None:
-    names = ["README.md", "loss_vs_streams.png", "loss_vs_tokens.png", "report.md"]
+    plots = ["latency.png", "memory.png", "streams.png", "tokens.png"]
+    names = ["README.md", *(f"loss_vs_{name}" for name in plots), "paper_law.png"]
+    names += ["report.html", "report.md"]
     folder = tmp_path / "run"
     write_report(make_results(), folder)
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     assert sorted(before) == names
     write_report(make_results(), folder)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
-    for image in re.findall(r"!\[.*?\]\((.*?)\)", before["report.md"].decode()):
-        assert image in before
-    assert before["report.md"].decode().count("![") == 2
+    images = re.findall(r"!\[.*?\]\((.*?)\)", before["report.md"].decode())
+    assert sorted(images) == [name for name in names if name.endswith(".png")]
 
 
 def test_a_failing_write_leaves_the_old_report(

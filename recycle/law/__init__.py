@@ -5,3 +5,4 @@ Reading order: `law.py` (the law, and the paper's parameters), `points.py` (what
 """
 
 from .law import PAPER, Law, Point
+from .run import RunLaw, fit_run

@@ -1,4 +1,4 @@
-"""The report: the result, and how it was made; and all files of it, in the run folder."""
+"""The report in Markdown, and all files of it in the run folder."""
 
 import json
 from pathlib import Path
@@ -7,23 +7,36 @@ from recycle.disk import write_atomically
 from recycle.results import Results
 
 from .card import render_card
+from .deployment import render_deployment, render_estimates
+from .drawing import png
+from .later import render_samples, render_tasks
 from .markdown import escape, facts, fence, format_table, join_blocks, one_line
-from .plots import plot_loss_vs_streams, plot_loss_vs_tokens
+from .plots import plots_of
 from .publication import hide_folders
 from .result import render_result
+from .scaling import render_scaling
 from .streams import render_streams
+
+TRACES = """\
+Every number here is in `results.json` or follows from it: losses and differences from \
+`models.losses`, each document with its `documents.tokens`; memory from `backbone.parameters`, \
+`models.adapter_parameters` and `models.kv_bytes_per_token`; time from `models.speed`, or else \
+from `estimates`; streams from `models.streams`; curves from `training.curve`; tasks from \
+`tasks.scores`."""
 
 
 def write_report(results: Results, folder: Path) -> None:
-    """Write report.md, README.md (the model card), loss_vs_tokens.png and loss_vs_streams.png.
+    """Write report.html, report.md, README.md (the model card) and the plots.
 
     Everything is made before anything is written, and each file is replaced as a whole.
-    Needs matplotlib (extra `train`).
+    Needs matplotlib, jinja2 and markdown-it-py (extra `train`).
     """
-    contents = {
-        "loss_vs_tokens.png": plot_loss_vs_tokens(results),
-        "loss_vs_streams.png": plot_loss_vs_streams(results),
+    from .page import render_page
+
+    contents = {name: png(plot(results)) for name, plot in plots_of(results).items()}
+    contents |= {
         "report.md": render_report(results).encode(),
+        "report.html": render_page([results]).encode(),
         "README.md": render_card(results).encode(),
     }
     folder.mkdir(parents=True, exist_ok=True)
@@ -34,7 +47,29 @@ def write_report(results: Results, folder: Path) -> None:
 def render_report(results: Results) -> str:
     """The report in Markdown, meant to be published."""
     results = hide_folders(results)
-    data, first, wall = results.data, results.adapt_data, results.wall_seconds
+    return join_blocks(
+        render_opening(results).rstrip(), render_samples(results), render_making(results).rstrip()
+    )
+
+
+def render_opening(results: Results) -> str:
+    """What was found, in Markdown; of results that may be published."""
+    return join_blocks(
+        f"# Report: {escape(results.name)}",
+        f"{results.date:%Y-%m-%d %H:%M} UTC, made by:",
+        fence(one_line(results.command), "bash"),
+        render_result(results),
+        render_deployment(results),
+        render_tasks(results),
+        render_scaling(results),
+        render_streams(results),
+    )
+
+
+def render_making(results: Results) -> str:
+    """How it was made, in Markdown; of results that may be published."""
+    data, first = results.data, results.adapt_data
+    wall, memory = results.wall_seconds, results.memory_gib
     trainings = {
         "training": [x.name for x in results.training],
         "P": [", ".join(map(str, x.p_values)) for x in results.training],
@@ -47,11 +82,6 @@ def render_report(results: Results) -> str:
         "kept at step": [_count(x.kept_step) for x in results.training],
     }
     return join_blocks(
-        f"# Report: {escape(results.name)}",
-        f"{results.date:%Y-%m-%d %H:%M} UTC, made by:",
-        fence(one_line(results.command), "bash"),
-        render_result(results),
-        render_streams(results),
         "## Training",
         format_table([tuple(trainings), *zip(*trainings.values(), strict=True)]),
         f"Time: setup {wall.setup:,.0f} s, training {wall.training:,.0f} s, "
@@ -60,8 +90,12 @@ def render_report(results: Results) -> str:
         if wall.announced is None
         else f"Announced for training and evaluation: {wall.announced:,.0f} s; they took "
         f"{wall.training + wall.evaluation:,.0f} s.",
+        ""
+        if memory is None
+        else f"Peak memory announced: {memory.announced:.2f} GiB; it took {memory.taken:.2f} GiB.",
         state_kept_steps(results),
         "![Validation loss against text tokens](loss_vs_tokens.png)",
+        render_estimates(results),
         "## Backbone",
         facts(results.backbone.model_dump()),
         "## Data",
@@ -75,6 +109,7 @@ def render_report(results: Results) -> str:
         "Seeds: " + ", ".join(f"{escape(k)} {v}" for k, v in results.seeds.items()) + ".",
         f"Recipe, identity `{results.recipe_identity}`:",
         fence(json.dumps(results.recipe, indent=2, ensure_ascii=False), "json"),
+        TRACES,
     )
 
 

@@ -1,7 +1,7 @@
-"""The two plots, as PNG: validation loss against training tokens, and what each P brings."""
+"""The run's own figures: losses against tokens, P, memory and latency, and the streams' weights."""
 
-import io
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from recycle.results import (
@@ -10,27 +10,40 @@ from recycle.results import (
     CONTROL,
     LORA,
     WEIGHTS,
+    ModelResult,
     Results,
     paired_difference,
     rows_of_training,
 )
 
-from .markdown import one_line
+from .deployment import memory_gib, recommend, seconds_per_token
+from .drawing import BLUES, COLORS, GREY, ORANGE, axes_of, blue, show_p
+from .scaling import fit, plot_fitted_law, plot_paper_law
+from .streams import HARDLY_USED
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-GREY, ORANGE, GREEN = "#555555", "#D55E00", "#009E73"
-COLORS = {CONTROL: ORANGE, ADAPTED: GREEN, LORA: GREY, WEIGHTS: GREY}
-BLUES = ("#56B4E9", "#0072B2", "#003F7F", "#001F3F")  # from the first P on
+
+def plots_of(results: Results) -> "dict[str, Callable[[Results], Figure]]":
+    """File name -> the function that draws it, of all figures that the record has numbers for."""
+    known = {
+        "fitted_law.png": (plot_fitted_law, not isinstance(fit(results), str)),
+        "paper_law.png": (plot_paper_law, True),
+        "loss_vs_tokens.png": (plot_loss_vs_tokens, True),
+        "loss_vs_streams.png": (plot_loss_vs_streams, True),
+        "loss_vs_memory.png": (plot_loss_vs_memory, memory_gib(results)),
+        "loss_vs_latency.png": (plot_loss_vs_latency, seconds_per_token(results)),
+        "stream_weights.png": (plot_stream_weights, any(x.streams for x in results.models)),
+    }
+    return {name: plot for name, (plot, known) in known.items() if known}
 
 
-def plot_loss_vs_tokens(results: Results) -> bytes:
-    """Validation loss of every trained model against the text tokens it learned from, as PNG."""
+def plot_loss_vs_tokens(results: Results) -> "Figure":
+    """Validation loss of every trained model against the text tokens it learned from."""
     from matplotlib.ticker import EngFormatter, MaxNLocator
 
-    figure, axes = _axes(results, "text tokens learned from", "validation loss (nats per token)")
+    figure, axes = axes_of(results, "text tokens learned from", "validation loss (nats per token)")
     curves: dict[str, list[tuple[int, float]]] = {}
     adapted = sum(x.tokens for x in results.training if ADAPTED in rows_of_training(x))
     for training in results.training:
@@ -54,11 +67,11 @@ def plot_loss_vs_tokens(results: Results) -> bytes:
         axes.text(
             0.5, 0.5, "no validation loss was measured", ha="center", transform=axes.transAxes
         )
-    return _png(figure)
+    return figure
 
 
-def plot_loss_vs_streams(results: Results) -> bytes:
-    """Held-out loss of each P minus the control's, or else the backbone's, as PNG.
+def plot_loss_vs_streams(results: Results) -> "Figure":
+    """Held-out loss of each P minus the control's, or else the backbone's.
 
     The error bars are the standard errors of these very differences, paired over documents: a bar
     that ends far from zero tells a P from the control.
@@ -67,7 +80,7 @@ def plot_loss_vs_streams(results: Results) -> bytes:
     models = [model for model in results.models if model.num_streams > 1]
     p_values = [model.num_streams for model in models]
     differences = [x for model in models if (x := model.minus_control or model.minus_backbone)]
-    figure, axes = _axes(
+    figure, axes = axes_of(
         results,
         "P (parallel streams)",
         f"held-out loss minus the {other}'s\n(nats per token; below zero is better)",
@@ -87,34 +100,61 @@ def plot_loss_vs_streams(results: Results) -> bytes:
         capsize=4,
         label=f"P streams minus {other},\n± one standard error",
     )
-    axes.set_xscale("log", base=2)
-    axes.set_xlim(min(p_values) / 1.4, max(p_values) * 1.4)
-    axes.set_xticks(p_values, labels=[str(p) for p in p_values])
-    axes.minorticks_off()
+    show_p(axes, p_values)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)  # its lines cross the plot
+    return figure
+
+
+def plot_loss_vs_memory(results: Results) -> "Figure":
+    """Held-out loss of every row against the memory that it takes."""
+    return _plot_against(results, memory_gib(results), "memory (GiB)")
+
+
+def plot_loss_vs_latency(results: Results) -> "Figure":
+    """Held-out loss of every row against the time it takes to decode a token."""
+    seconds = seconds_per_token(results)
+    thousandths = {name: 1000 * value for name, value in seconds.items()}
+    return _plot_against(results, thousandths, "time to decode a token (ms)")
+
+
+def _plot_against(results: Results, prices: dict[str, float], x: str) -> "Figure":
+    """The rows that have a price: those at P = 1 as points of their own, those of P in a line."""
+    figure, axes = axes_of(results, x, "held-out loss (nats per token)")
+    rows = [y for y in results.models if y.name in prices and math.isfinite(y.loss)]
+    streams = sorted((y for y in rows if y.num_streams > 1), key=lambda y: y.num_streams)
+    markers = {BACKBONE: "s", ADAPTED: "^", LORA: "v", WEIGHTS: "v", CONTROL: "D"}
+
+    def place(row: ModelResult) -> tuple[float, float]:
+        return prices[row.name], row.loss
+
+    if streams:
+        axes.plot(*zip(*map(place, streams), strict=True), color=BLUES[0], linewidth=1)
+    for row in rows:
+        marker = markers.get(row.name, "o")
+        color = blue(streams.index(row)) if row in streams else COLORS[row.name]
+        axes.plot(*place(row), marker, color=color, label=row.name)
+    chosen, _ = recommend(results)
+    if chosen in rows:
+        axes.plot(
+            *place(chosen), "o", color=ORANGE, markersize=15, fillstyle="none", label="recommended"
+        )
+    axes.margins(0.12)
+    if rows:
+        axes.legend(frameon=False)
+    return figure
+
+
+def plot_stream_weights(results: Results) -> "Figure":
+    """What each stream of each P weighs, as a multiple of an equal share."""
+    from matplotlib.ticker import MaxNLocator
+
+    figure, axes = axes_of(results, "stream", "mean weight, times P\n(1 is an equal share)")
+    rows = sorted((x for x in results.models if x.streams), key=lambda x: x.num_streams)
+    for number, row in enumerate(rows):
+        weights = [weight * row.num_streams for weight in row.streams.weights]  # type: ignore[union-attr]
+        axes.plot(range(1, len(weights) + 1), weights, "o-", color=blue(number), label=row.name)
+    axes.axhline(HARDLY_USED, color=ORANGE, linestyle=":", label="hardly used below")
+    axes.set_ylim(bottom=0)
+    axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
     axes.legend(frameon=False)
-    return _png(figure)
-
-
-def _axes(results: Results, x: str, y: str) -> "tuple[Figure, Axes]":
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator, ScalarFormatter
-
-    figure = Figure(figsize=(7, 4.5), dpi=144, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot(xlabel=x, ylabel=y)
-    axes.set_title(one_line(results.name), parse_math=False)
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
-    plain = ScalarFormatter(useOffset=False)  # the numbers themselves, not "1e-5 + 2.48"
-    plain.set_scientific(False)
-    axes.yaxis.set_major_formatter(plain)
-    return figure, axes
-
-
-def _png(figure: "Figure") -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", metadata={"Software": None})
-    return buffer.getvalue()
+    return figure

@@ -23,37 +23,36 @@ def hide_folders(results: Results) -> Results:
     backbone, parts = results.backbone, [results.data, results.adapt_data or results.data]
     local = {backbone.id} if backbone.source == "folder" else set()
     local |= {x.path for x in parts if x.path is not None and x.source not in ("hub", "stdlib")}
-    include = {"backbone", "data", "adapt_data", "recipe", "tasks"}
+    include = {"backbone", "data", "adapt_data", "recipe"}
     hidden = _hide(results.model_dump(include=include), local)
+
+    def publish(command: str) -> str:
+        for path in sorted(local, key=len, reverse=True):
+            command = command.replace(path, _last_part(path))
+        return _WORD.sub(lambda word: _shorten(word[0]), command)
+
     system = results.hardware.platform.partition("-")[0]
-    tasks = [
-        task.model_copy(
-            update={
-                "name": _last_part(task.name) if task.name.startswith(("/", "~")) else task.name,
-                "settings": shown["settings"],
-                "command": _hide_command(task.command, local),
-            }
-        )
-        for task, shown in zip(results.tasks, hidden["tasks"], strict=True)
-    ]
     return results.model_copy(
         update={
-            "command": _hide_command(results.command, local),
+            "command": publish(results.command),
             "hardware": results.hardware.model_copy(update={"platform": system}),
-            "tasks": tuple(tasks),
             "recipe": hidden["recipe"],
             "backbone": backbone.model_copy(update=hidden["backbone"]),
             "data": results.data.model_copy(update=hidden["data"]),
             "adapt_data": results.adapt_data
             and results.adapt_data.model_copy(update=hidden["adapt_data"]),
+            "tasks": tuple(
+                x.model_copy(
+                    update={
+                        "name": _hide(x.name, local),
+                        "command": publish(x.command),
+                        "settings": _hide(x.settings, local),
+                    }
+                )
+                for x in results.tasks
+            ),
         }
     )
-
-
-def _hide_command(command: str, local: set[str]) -> str:
-    for path in sorted(local, key=len, reverse=True):
-        command = command.replace(path, _last_part(path))
-    return _WORD.sub(lambda word: _shorten(word[0]), command)
 
 
 def _hide(value: Any, local: set[str]) -> Any:

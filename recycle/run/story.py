@@ -117,7 +117,7 @@ def run_recipe(found: Found, command: str, console: Console) -> Results:
             report.write_report(record, plan.folder)
             shutil.rmtree(plan.folder / CHECKPOINTS, ignore_errors=True)
     console.print(results.rich_table(record))
-    console.print(f"Report: {plan.folder / 'report.md'}")
+    console.print(f"Report: {plan.folder / 'report.html'}")
     return record
 
 
