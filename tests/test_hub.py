@@ -122,6 +122,21 @@ print(json.dumps({name: outcome(*name.split("@")) for name in (
     assert not any("pytorch_model.bin" in request for request in hub.requests)
 
 
+def test_a_plan_fetches_the_config_alone(hub: Hub, tmp_path: Path) -> None:
+    script = """
+from recycle.cost.inference import Request
+from recycle.recipe import resolve
+from recycle.run.forecast import forecast
+found = forecast(resolve("tiny/sharded").recipe, "h200", (1, 2), Request())
+print(json.dumps({"parameters": found.parameters, "p": [x.p for x in found.estimates]}))
+"""
+    before = len(hub.requests)
+    assert run(hub.url, tmp_path, script) == {"parameters": 123_456, "p": [1, 2]}
+    asked = " ".join(hub.requests[before:])
+    assert "config.json" in asked
+    assert "safetensors" not in asked
+
+
 def test_a_family_on_a_gated_backbone(hub: Hub, tmp_path: Path, tiny_folder: Path) -> None:
     backbone = replace(fingerprint_model(tiny_folder), id="tiny/gated")
     model = stream_model(tiny_model(), adapter_name="nested")

@@ -37,7 +37,7 @@ from recycle.train import (
 from tests.runs import STEP_TOKENS, write_recipe
 from tests.tiny import save_tiny
 
-estimate_room = importlib.import_module("recycle.cost.estimate")
+passes_room = importlib.import_module("recycle.cost.passes")
 
 RATES = {"nested": 1e-2, "aggregator": 1e-3, "control": 3e-2}
 
@@ -150,10 +150,10 @@ def test_what_passes_cost(workshop: Any, monkeypatch: pytest.MonkeyPatch) -> Non
         # One pass to warm up, then learning and reading.
         clock = iter([0, 100, *(x for each in seconds for x in (0, each))])
         memory = iter([2 * 2**30, 3 * 2**30])
-        monkeypatch.setattr(estimate_room.time, "perf_counter", lambda: next(clock))
-        monkeypatch.setattr(estimate_room, "_memory", lambda device: next(memory))
+        monkeypatch.setattr(passes_room.time, "perf_counter", lambda: next(clock))
+        monkeypatch.setattr(passes_room, "peak_memory", lambda device: next(memory))
         with OutputHead(tiny.model) as head:
-            return estimate_room.pass_cost(
+            return passes_room.pass_cost(
                 tiny.model,
                 head.log_probs,
                 active,

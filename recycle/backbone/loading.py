@@ -75,7 +75,7 @@ def load_backbone(
     """
     files = source_files(resolve_source(backbone.id, backbone.revision), backbone.revision)
     config = read_config(files)
-    _check_architecture(files.id, config)
+    check_architecture(files.id, config)
     stored = stored_quantization(config)
     quantization = settle_quantization(files.id, stored, backbone.quantization)
     notes = files.folder / NOTES
@@ -158,7 +158,7 @@ def load_model(
     return model.eval().requires_grad_(False)
 
 
-def _check_architecture(name: str, config: dict[str, Any]) -> None:
+def check_architecture(name: str, config: dict[str, Any]) -> None:
     """Refuse what is no causal language model of transformers' own."""
     if "parscale_n" in config:
         raise BackboneError(

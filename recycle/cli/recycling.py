@@ -1,8 +1,10 @@
-"""Making a family: run, show."""
+"""Making a family: run, show, plan."""
 
 from typing import Annotated
 
 import typer
+
+from recycle.errors import RecycleError
 
 from .app import Overrides, Target, app, command_line, console, example, fail, quiet_libraries
 
@@ -62,3 +64,58 @@ def show(
     resolved = recipe.resolve(target, overrides or [])
     missing = [f"# missing: {problem}" for problem in resolved.missing]
     print(f"# {resolved.chosen}", recipe.show(resolved), *missing, sep="\n")
+
+
+@app.command(epilog=example("recycle plan Qwen/Qwen2.5-3B --gpu rtx-4090 --p 1,4"))
+def plan(
+    target: Target,
+    overrides: Overrides = None,
+    gpu: Annotated[
+        str | None,
+        typer.Option(help="Such as h200; an unknown one lists those known. [default: this one]"),
+    ] = None,
+    p: Annotated[
+        str | None,
+        typer.Option(help="Streams, as 1,2,4,8; 1 is the model without. [default: the recipe's]"),
+    ] = None,
+    batch: Annotated[int, typer.Option(help="Texts of a request.", min=1)] = 1,
+    input: Annotated[int, typer.Option(help="Tokens of each text.", min=1)] = 64,
+    output: Annotated[int, typer.Option(help="Tokens generated for each.", min=1)] = 64,
+    json: Annotated[bool, typer.Option("--json", help="Print all of it as JSON.")] = False,
+) -> None:
+    """Say before any training what inference and training take; reads config.json alone.
+
+    Memory and latency for each P, each training of the recipe, and what a larger model would cost
+    that is as good.
+    """
+    from recycle.cost import find_gpu
+    from recycle.recipe import resolve
+
+    p_values = numbers_of_streams(p)
+    if gpu is not None:
+        find_gpu(gpu)
+    more = [f"streams={','.join(map(str, x))}"] if (x := [n for n in p_values if n > 1]) else []
+    resolved = resolve(target, [*(overrides or []), *more])
+    quiet_libraries()
+    from recycle.cost.inference import Request
+    from recycle.run.forecast import forecast
+
+    found = forecast(resolved.recipe, gpu, p_values, Request(batch, input, output))
+    if json:
+        print(found.model_dump_json(indent=2))
+        return
+    from recycle.cost.table import render
+
+    for part in render(found):
+        console.print(part, highlight=False)
+
+
+def numbers_of_streams(text: str | None) -> tuple[int, ...]:
+    """The values of --p in rising order; nothing where it is not given."""
+    words = [] if text is None else text.split(",")
+    if not all(x.strip().isdecimal() and int(x) >= 1 for x in words):
+        raise RecycleError(
+            f"--p takes whole numbers of streams from 1 on, joined by commas, got {text!r}. For "
+            "example --p 1,2,4,8; 1 is the model without streams."
+        )
+    return tuple(sorted({int(x) for x in words}))

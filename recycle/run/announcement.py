@@ -1,20 +1,55 @@
-"""What the rest of a run will take, said before it."""
+"""What a run will take, said before it: the same sum for costs that are measured or computed."""
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from recycle.cost import PassCost, pass_cost
+from recycle.cost import PassCost, Work, total
+from recycle.cost.passes import pass_cost
 from recycle.evaluate import OutputHead
 from recycle.progress import Silent, duration
-from recycle.train import add_lora, add_streams, steps_done
+from recycle.train import TrainingPlan, add_lora, add_streams, steps_done
 
 from .materials import Materials
 from .plan import RunPlan
 
-# A step of all weights against one of a LoRA: three products of matrices for two.
-ALL_WEIGHTS = 1.5
+
+def works(
+    plan: RunPlan,
+    test: int,
+    validation: Sequence[int],
+    cost_of: Callable[[TrainingPlan | None], PassCost],
+    weights: tuple[int, int],
+    steps_of: Callable[[TrainingPlan], int] = lambda training: 0,
+) -> tuple[list[Work], Work]:
+    """What a run has to do: its trainings, and the measurement of the backbone.
+
+    Args:
+        plan: The run's.
+        test: Tokens of all test documents.
+        validation: Tokens of the validation documents of each stage.
+        cost_of: What a token takes in a training with the weights frozen; None is the backbone.
+        weights: The backbone's parameters, and bytes of one.
+        steps_of: Steps of a training that are done.
+    """
+    found = []
+    for training in plan.trainings:
+        done = steps_of(training)
+        cost, validations = cost_of(training), training.validations(done)
+        found.append(
+            Work(
+                training.adapter,
+                learned=(training.steps - done) * training.tokens_per_step,
+                read=test + validations * validation[0 if training is plan.adapt else -1],
+                cost=cost.with_all_weights(*weights) if training.all_weights else cost,
+                done=done * training.tokens_per_step,
+            )
+        )
+    return found, Work("backbone", 0, test, cost_of(None))
 
 
-def announce(plan: RunPlan, materials: Materials, model: Any, progress: Silent) -> float:
+def announce(
+    plan: RunPlan, materials: Materials, model: Any, progress: Silent
+) -> tuple[float, float]:
     """Say from where a run goes on, and what the rest of it will take.
 
     Args:
@@ -24,12 +59,12 @@ def announce(plan: RunPlan, materials: Materials, model: Any, progress: Silent) 
         progress: Where it is said.
 
     Returns:
-        The expected seconds.
+        The expected seconds and GiB.
     """
     progress.start("estimating time and memory")
-    test = sum(len(document.input_ids) for document in materials.splits.test)
+    splits = materials.splits
     alone = _cost(plan, model, None)
-    lora = streams = alone
+    lora = alone
     if plan.compare or plan.adapt:
         training = plan.compare or plan.adapt
         assert training is not None
@@ -39,34 +74,36 @@ def announce(plan: RunPlan, materials: Materials, model: Any, progress: Silent) 
     first = plan.streams[0]
     random = plan.recipe.method.model_copy(update={"init": "random"})
     frozen = first.frozen()
-    with_streams = add_streams(model, frozen, random, materials.splits.starts, None)
+    with_streams = add_streams(model, frozen, random, splits.starts, None)
     streams = _cost(plan, with_streams, frozen.active)
     with_streams.unload().requires_grad_(False)
 
-    seconds, parts = test * alone.reading, []
-    for training in plan.trainings:
-        done = steps_done(training)
-        learned = (training.steps - done) * training.tokens_per_step
-        validation = materials.splits.validation[0 if training is plan.adapt else -1]
-        read = training.validations(done) * sum(len(x.input_ids) for x in validation) + test
-        cost = lora
-        if training.active is not None:
-            most = max(first.num_streams - 1, 1)
-            cost = streams.between(alone, (training.num_streams - 1) / most)
-        slower = ALL_WEIGHTS if training.all_weights else 1.0
-        seconds += learned * cost.learning * slower + read * cost.reading
-        begun = f" of {training.tokens:,}, going on from a checkpoint" if done else ""
-        parts.append(f"{training.adapter} on {learned:,} tokens{begun}")
-    gib = max(lora.gib, streams.gib)
-    if any(training.all_weights for training in plan.trainings):
-        # In float32, with a gradient and two moments.
-        gib += (16 - model.dtype.itemsize) * model.num_parameters() / 2**30
+    def cost_of(training: TrainingPlan | None) -> PassCost:
+        if training is None or training.active is None:
+            return alone if training is None else lora
+        most = max(first.num_streams - 1, 1)
+        return streams.between(alone, (training.num_streams - 1) / most)
+
+    trainings, backbone = works(
+        plan,
+        test=sum(len(document.input_ids) for document in splits.test),
+        validation=[sum(len(x.input_ids) for x in each) for each in splits.validation],
+        cost_of=cost_of,
+        weights=(model.num_parameters(), model.dtype.itemsize),
+        steps_of=steps_done,
+    )
+    seconds, gib = total([*trainings, backbone])
+    parts = [
+        f"{x.name} on {x.learned:,} tokens"
+        + (f" of {x.learned + x.done:,}, going on from a checkpoint" if x.done else "")
+        for x in trainings
+    ]
     memory = f"{gib:.1f} GiB of {'GPU ' if plan.device == 'cuda' else ''}memory"
     progress.say(
         f"Expected: {duration(seconds)} and {memory}, for training {', '.join(parts)}, and the "
         "comparison"
     )
-    return seconds
+    return seconds, gib
 
 
 def _cost(plan: RunPlan, model: Any, active: Any) -> PassCost:

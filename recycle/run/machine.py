@@ -5,6 +5,8 @@ import os
 import torch
 
 from recycle import results
+from recycle.cost import Gpu, find_gpu
+from recycle.cost.gpu import DEFAULT, known_as
 from recycle.recipe import Backbone, Launch
 
 from .folder import RunError
@@ -79,3 +81,19 @@ def describe(device: str) -> results.Hardware:
         return results.hardware()
     properties = torch.cuda.get_device_properties(0)
     return results.hardware(properties.name, properties.total_memory / 2**30)
+
+
+def gpu_here(name: str | None = None) -> tuple[Gpu, str]:
+    """The GPU that inference is estimated for, and why it is that one.
+
+    Args:
+        name: The one that was asked for; None takes this machine's, where its figures are known.
+    """
+    if name is not None:
+        return find_gpu(name), "as asked"
+    if not torch.cuda.is_available():
+        return find_gpu(DEFAULT), "this machine has no GPU"
+    properties = torch.cuda.get_device_properties(0)
+    if gpu := known_as(properties.name, properties.total_memory / 2**30):
+        return gpu, "this machine's"
+    return find_gpu(DEFAULT), f"the figures of this machine's {properties.name} are not known"

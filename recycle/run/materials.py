@@ -14,6 +14,7 @@ from recycle import data, results
 from recycle.backbone import Source, load_backbone
 from recycle.backbone.fingerprint import Fingerprint, differences
 from recycle.backbone.source import ADAPTER, ADAPTER_WEIGHTS, fetched
+from recycle.cost.shape import count_outside_embeddings
 from recycle.disk import expand, write_atomically
 from recycle.parscale import find_decoder
 from recycle.parscale.packing import keeps_sequences_apart
@@ -136,6 +137,7 @@ def _backbone_record(
         dtype=str(model.dtype).removeprefix("torch."),
         quantization=source.quantization,
         parameters=model.num_parameters(),
+        non_embedding_parameters=count_outside_embeddings(model),
         model_type=model.config.model_type,
         vocab_size=model.config.get_text_config().vocab_size,
         license=_hub_licence(source.id) if on_hub else source.notes.get("license"),

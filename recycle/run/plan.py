@@ -60,21 +60,35 @@ class RunPlan:
 
 
 def plan_run(found: Found) -> RunPlan:
-    """The plan of a run.
+    """The plan of a run on this machine.
 
     Raises:
         RunError: This machine cannot carry it out.
     """
     device = device_of(found.recipe.launch)
     backbone = with_dtype(found.recipe.backbone, device)
-    recipe = found.recipe.model_copy(update={"backbone": backbone})
+    return plan_on(found.recipe.model_copy(update={"backbone": backbone}), found.folder, device)
+
+
+def plan_on(recipe: Recipe, folder: Path, device: str) -> RunPlan:
+    """The plan of a run on any machine.
+
+    Args:
+        recipe: With a settled dtype.
+        folder: The run's.
+        device: "cpu" or "cuda".
+
+    Raises:
+        RunError: The dtype is none that weights can learn in.
+    """
+    backbone = recipe.backbone
     trains_all = recipe.stages.adapt.train == "full" or recipe.stages.streams.train == "all"
     if trains_all and backbone.dtype == "float16":
         raise RunError(
             "Weights that learn compute in bfloat16 or float32, and backbone.dtype=float16. Set "
             "one of these, or train a LoRA and prefixes."
         )
-    in_order, checkpoints = stages(recipe), found.folder / CHECKPOINTS
+    in_order, checkpoints = stages(recipe), folder / CHECKPOINTS
     adapt = compare = None
     if recipe.stages.adapt.train != "none":
         adapt = _training(recipe, in_order[0], "adapted", (ADAPTED,), (1,), checkpoints)
@@ -96,7 +110,7 @@ def plan_run(found: Found) -> RunPlan:
         )
         for adapter, p_values in served.items()
     )
-    return RunPlan(recipe, found.folder, device, in_order, compare, adapt, streams)
+    return RunPlan(recipe, folder, device, in_order, compare, adapt, streams)
 
 
 def _compared(

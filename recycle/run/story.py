@@ -5,10 +5,12 @@ import time
 from datetime import UTC, datetime
 from typing import Any
 
+import torch
 from rich.console import Console
 
 from recycle import report, results
 from recycle.backbone.sample import linear_modules, watch
+from recycle.cost.passes import peak_memory
 from recycle.disk import write_atomically
 from recycle.evaluate import Pass, measure, passes_of
 from recycle.family import ADAPTED
@@ -21,6 +23,7 @@ from recycle.train.checkpoints import writing
 from .announcement import announce
 from .folder import CHECKPOINTS, RECIPE, RESULTS, Found, RunError, claimed, finished_results
 from .folder import saved_recipe as saved_recipe_of
+from .forecast import estimate_run
 from .machine import describe
 from .materials import Materials, check_basis, load_materials
 from .plan import RunPlan, plan_run
@@ -71,7 +74,8 @@ def run_recipe(found: Found, command: str, console: Console) -> Results:
             write_atomically(plan.folder / RECIPE, dump(recipe).encode())
             check_basis(plan.folder, materials, str(model.dtype))
             bring_adapter(adapter, plan.folder)
-            announced = announce(plan, materials, model, progress)
+            seconds, gib = announce(plan, materials, model, progress)
+            estimates = estimate_run(plan)
             base, trainings = Foundation(model, materials.source), []
             measured: list[Measurement] = []
             if plan.leaves_backbone:
@@ -107,11 +111,15 @@ def run_recipe(found: Found, command: str, console: Console) -> Results:
                 documents=materials.documents,
                 models=results.compare(materials.documents, measured),
                 wall_seconds=results.WallSeconds(
-                    announced=announced,
+                    announced=seconds,
                     setup=setup,
                     training=sum(training.wall_seconds for training in trainings),
                     evaluation=evaluation,
                 ),
+                memory_gib=results.MemoryGib(
+                    announced=gib, taken=peak_memory(torch.device(plan.device)) / 2**30
+                ),
+                estimates=estimates,
             )
             results.write(record, plan.folder / RESULTS)
             report.write_report(record, plan.folder)

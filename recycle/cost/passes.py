@@ -7,7 +7,6 @@ import resource
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,27 +14,12 @@ from torch import Tensor
 
 from recycle.parscale import ActiveStreams
 
+from .pricing import PassCost
+
 LogProbs = Callable[[ActiveStreams | None, Tensor, Tensor], Tensor]
 """Streams, `input_ids` and `labels` `[B, S]` to log-probabilities `[|P|, B, S - 1]`."""
 WARM_UP = 32  # tokens
 CPU_TOKENS = 128  # of a measured pass: enough to tell, and seconds where a CPU is slow
-
-
-@dataclass(frozen=True)
-class PassCost:
-    """What a text token takes."""
-
-    learning: float
-    """Seconds of a forward and backward pass."""
-    reading: float
-    """Seconds of a forward pass."""
-    gib: float
-    """Memory in training, of a whole micro-batch, and of AdamW."""
-
-    def between(self, alone: "PassCost", share: float) -> "PassCost":
-        """The cost of fewer streams: 0 is that of none, 1 is this."""
-        reading = alone.reading + share * (self.reading - alone.reading)
-        return PassCost(reading * self.learning / self.reading, reading, self.gib)
 
 
 def pass_cost(
@@ -61,7 +45,7 @@ def pass_cost(
     length = block_size if device.type == "cuda" else min(block_size, CPU_TOKENS)
     vocabulary = model.get_input_embeddings().num_embeddings
     ids = (torch.arange(length, device=device) % vocabulary).unsqueeze(0)
-    before = _memory(device)
+    before = peak_memory(device)
 
     def seconds(tokens: Tensor, backward: bool = False) -> float:
         started = time.perf_counter()
@@ -83,13 +67,13 @@ def pass_cost(
         model.gradient_checkpointing_disable()
     model.eval()
     reading = seconds(ids)
-    growth = (_memory(device) - before) * micro_batch_size * block_size / length
+    growth = (peak_memory(device) - before) * micro_batch_size * block_size / length
     gib = (before + growth + 3 * 4 * learned) / 2**30  # gradient and AdamW's two moments
     return PassCost(learning / length, reading / length, gib)
 
 
-def _memory(device: torch.device) -> int:
-    """Peak memory so far in bytes: of the GPU, or of this process."""
+def peak_memory(device: torch.device) -> int:
+    """Peak memory so far, in bytes: of the GPU, or of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
