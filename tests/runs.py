@@ -38,6 +38,7 @@ SETTINGS: dict[str, Any] = {
     "training.checkpoint_steps": 2,
     "training.validation_steps": 4,
     "evaluation.speed": False,
+    "evaluation.samples": 0,
     "launch.device": "cpu",
 }
 

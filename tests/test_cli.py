@@ -512,6 +512,10 @@ def test_help_costs_little_more_than_typer_and_rich() -> None:
     [
         ("eval", "/nosuchfolder"),
         ("eval", "runs/tiny", "training.tokens=5"),
+        ("eval", "runs/tiny", "--p", "9"),
+        ("eval", "runs/tiny", "--tasks", "./no.yaml"),
+        ("eval", "runs/tiny", "--tasks", "humaneval"),
+        ("eval", "runs/tiny", "data=files"),
         ("generate", "./nosuchfolder", "--prompt", "a"),
         ("generate", "runs/tiny", "--prompt", "a", "--p", "3"),
         ("export", "runs/tiny", "texts"),

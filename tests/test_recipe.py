@@ -761,6 +761,9 @@ def test_identity_is_all_but_launch_output_and_logging() -> None:
         other = least(override).recipe
         assert identity(other) != identity(recipe)
         assert differing_keys(recipe, other) == [override.partition("=")[0]]
+    other = least("evaluation.samples=0").recipe
+    assert identity(other) == identity(recipe)
+    assert differing_keys(recipe, other) == []
     weighed = least("stages.streams.loss_weights.4=2").recipe
     assert differing_keys(recipe, weighed) == ["stages.streams.loss_weights.4"]
 

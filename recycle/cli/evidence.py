@@ -8,33 +8,79 @@ import typer
 
 from recycle.errors import RecycleError
 
-from .app import Moved, app, command_line, console, example, quiet_libraries
+from .app import Moved, app, command_line, console, example, fail, quiet_libraries
 
 
-@app.command(epilog=example("recycle eval runs/demo backbone.quantization=nf4 --out nf4.json"))
+@app.command(epilog=example("recycle eval runs/demo --tasks arithmetic --p 2,4"))
 def eval(
     source: Annotated[str, typer.Argument(metavar="RUN", help="The folder of a finished run.")],
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME,...",
+            help="Tasks: arithmetic, answers, humaneval, one of lm-evaluation-harness, a task file "
+            "or a folder of these (which may hold Python that is run).",
+        ),
+    ] = None,
+    p: Annotated[
+        str | None,
+        typer.Option("--p", metavar="P,...", help="Values of P; all that there are by default."),
+    ] = None,
+    samples: Annotated[
+        int, typer.Option(min=1, help="humaneval: programs for each problem; 10 for pass@10.")
+    ] = 1,
+    allow_code_execution: Annotated[
+        bool,
+        typer.Option(
+            "--allow-code-execution", help="humaneval: run what the models write, in a sandbox."
+        ),
+    ] = False,
     out: Annotated[
-        str | None, typer.Option(help="Write the new results to this JSON file; must not exist.")
+        str | None,
+        typer.Option(
+            help="Write the new results to this JSON file, which must not exist; the run's own "
+            "stay as they are."
+        ),
     ] = None,
     backbone: Moved = None,
     overrides: Annotated[
         list[str] | None,
         typer.Argument(
             metavar="KEY=VALUE",
-            help="Set a field of evaluation or launch (evaluation.batch_size=8), or the "
-            "backbone's precision (backbone.quantization=none).",
+            help="Name other data (data=files data.path=notes.md), set a field of evaluation or "
+            "launch (evaluation.batch_size=8), or the backbone's precision "
+            "(backbone.quantization=none).",
         ),
     ] = None,
 ) -> None:
-    """Measure a finished run again: the same adapters on the same documents, on this machine."""
+    """Measure a finished run: on its own test documents again, on tasks, or on other data.
+
+    Tasks and the loss on other data go into the run's results.json, row by row: the same command
+    again goes on where it was stopped. What P is compared with (backbone, P = 1, LoRA, control) is
+    measured too.
+    """
+    from recycle.run.asked import check_asked, split_overrides
     from recycle.run.folder import find_finished
 
-    finished = find_finished(source, overrides or [], out, backbone)
-    quiet_libraries()
-    from recycle.run.remeasurement import measure_again
+    of_run, of_data = split_overrides(overrides or [])
+    again = tasks is None and not of_data
+    finished = find_finished(source, of_run, out, backbone, needs_data=again)
+    asked = check_asked(finished, tasks, p, of_data, samples, allow_code_execution)
+    if again:
+        quiet_libraries()
+        from recycle.run.remeasurement import measure_again
 
-    measure_again(finished, out, command_line(), console)
+        measure_again(finished, out, command_line(), console, asked.p)
+        return
+    try:
+        quiet_libraries()
+        from recycle.run.examination import examine
+
+        examine(finished, asked, out, command_line(), console)
+    except KeyboardInterrupt:
+        kept = out or finished.folder / "results.json"
+        way = "" if out else " The same command goes on from there."
+        fail(f"Stopped; every row that was finished is in {kept}.{way}", 130)
 
 
 @app.command(epilog=example("recycle fit runs/one runs/other --forecast 3B,8"))

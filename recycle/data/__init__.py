@@ -3,7 +3,8 @@
 Reading order: `splits.py` (the rule, and what comes out), `reading.py` (how documents reach the
 splits), `evaluation.py` and `training.py` (what each split takes), `packing.py` (training rows),
 `mix.py`, `files.py` and `rows.py` (the sources), `text.py`, `chat.py` and `encoding.py` (one
-document), `tasks.py` (tasks with checkable answers), `advice.py` (where data are too few).
+document), `tasks.py` (tasks with checkable answers), `advice.py` (where data are too few),
+`held_out.py` (other text that a finished run is measured on).
 """
 
 from .evaluation import Document

@@ -13,7 +13,7 @@ from .chat import Conversation
 from .encoding import Encoded, Encoder
 from .files import read_files, read_stdlib
 from .rows import read_hub, read_rows
-from .tasks import make_tasks
+from .tasks import Task, make_tasks
 from .text import DataError, Text, besides
 
 
@@ -21,10 +21,15 @@ def read_tasks(data: Data, facts: dict[str, Any], skipped: Counter[str]) -> Iter
     """Small tasks with checkable answers; no two are alike, so each is a group of its own."""
     facts["conversations"] = data.conversations
     for task in make_tasks(data.conversations, data.seed):
-        asked = {"role": "user", "content": task.prompt}
-        answered = {"role": "assistant", "content": task.answer}
-        conversation = Conversation([asked, answered], None, (1,))
+        conversation = as_conversation(task)
         yield Text(task.name, task.name, conversation.text(), conversation, task.answer)
+
+
+def as_conversation(task: Task) -> Conversation:
+    """A task as its user's turn and the assistant's."""
+    asked = {"role": "user", "content": task.prompt}
+    answered = {"role": "assistant", "content": task.answer}
+    return Conversation([asked, answered], None, (1,))
 
 
 # Each yields documents in an order shuffled by data.seed, adds to `facts` what identifies the

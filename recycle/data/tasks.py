@@ -5,7 +5,7 @@ words it in one of several ways; no two tasks of a kind hold the same, however t
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from random import Random
 from typing import Any, NamedTuple
 
@@ -41,30 +41,49 @@ class _Kind(NamedTuple):
     wordings: tuple[str, ...]
 
 
-def make_tasks(count: int, seed: int) -> list[Task]:
+def make_tasks(
+    count: int, seed: int, kinds: str = "", apart: Sequence[tuple[int, int]] = ()
+) -> list[Task]:
     """As many tasks, of all kinds alike, in shuffled order; equal arguments give equal tasks.
 
     With a larger count come the same tasks and others.
 
+    Args:
+        count: Of tasks.
+        seed: Of what they hold, their wording and their order.
+        kinds: What the names of the kinds begin with, such as "arithmetic/".
+        apart: Count and seed of other calls: what their tasks hold does not come up, in whatever
+            words.
+
     Raises:
         DataError: There are not so many.
     """
-    most = PER_KIND * len(_KINDS)
+    chosen = [name for name in _KINDS if name.startswith(kinds)]
+    most = PER_KIND * len(chosen)
     if not 0 <= count <= most:
         raise DataError(f"There are 0 to {most} tasks, got {count}. Ask for at most {most}.")
-    tasks: list[Task] = []
-    for number, (name, kind) in enumerate(_KINDS.items()):
-        share = (count + len(_KINDS) - 1 - number) // len(_KINDS)
+    taken = set[tuple[str, tuple[Any, ...]]]()
+    for other in apart:
+        taken.update((task.kind, drawn) for task, drawn in _made(*other, list(_KINDS), set()))
+    tasks = [task for task, _ in _made(count, seed, chosen, taken)]
+    Random(seed).shuffle(tasks)
+    return tasks
+
+
+def _made(
+    count: int, seed: int, kinds: list[str], taken: set[tuple[str, tuple[Any, ...]]]
+) -> Iterator[tuple[Task, tuple[Any, ...]]]:
+    """Tasks and what they hold, kind by kind."""
+    for number, name in enumerate(kinds):
+        kind, share = _KINDS[name], (count + len(kinds) - 1 - number) // len(kinds)
         random, seen = Random(f"{seed} {name}"), set[tuple[Any, ...]]()
         while len(seen) < share:
             drawn = kind.draw(random)
-            if drawn not in seen:
+            if drawn not in seen and (name, drawn) not in taken:
                 prompt = random.choice(kind.wordings).format(*map(_said, drawn))
                 answer = _said(kind.solve(*drawn))
-                tasks.append(Task(name, f"{name}-{len(seen):04}", prompt, answer))
+                yield Task(name, f"{name}-{len(seen):04}", prompt, answer), drawn
                 seen.add(drawn)
-    Random(seed).shuffle(tasks)
-    return tasks
 
 
 def is_right(reply: str, answer: str) -> bool:

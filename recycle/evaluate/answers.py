@@ -61,13 +61,18 @@ def decode_replies(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[list[int]],
     max_new_tokens: int,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    stops: Sequence[str] = (),
 ) -> list[list[int]]:
     """The tokens with which the streams in use go on, up to an end or any other special token.
 
-    The end of a turn in a chat template is special, but not always among the ends.
+    The end of a turn in a chat template is special, but not always among the ends. With `stops` a
+    reply goes no further than the first of these texts, where all others of the batch have ended.
     """
+    stopping = {"stop_strings": list(stops), "tokenizer": tokenizer} if stops else {}
     special = [x for x, token in tokenizer.added_tokens_decoder.items() if token.special]
-    with decoding(model):
+    with decoding(model, temperature, top_p):
         eos = model.generation_config.eos_token_id  # one, several or none
         eos = eos if isinstance(eos, list) else [eos]
         ends = {*special, *eos} - {None}
@@ -81,6 +86,7 @@ def decode_replies(
             max_new_tokens=max_new_tokens,
             eos_token_id=sorted(ends),
             pad_token_id=tokenizer.eos_token_id,
+            **stopping,
         )  # [B, S + N]
     replies = tokens[:, longest:].tolist()
     return [list(takewhile(lambda token: token not in ends, reply)) for reply in replies]

@@ -21,6 +21,7 @@ from .diversity import StreamWatch
 from .head import OutputHead
 from .losses import document_losses
 from .passes import Pass, rows_of
+from .samples import Samples
 from .speed import REPEATS, kv_bytes_per_token, speeds
 
 
@@ -36,6 +37,7 @@ def measure(
     tokenizer: PreTrainedTokenizerBase,
     progress: Silent,
     parameters: Mapping[str, int] = MappingProxyType({}),
+    samples: Samples | None = None,
 ) -> list[Measurement]:
     """Test losses, streams, speed and sizes of the models that a model can be.
 
@@ -47,6 +49,7 @@ def measure(
         tokenizer: The backbone's; documents that ask something are answered with it.
         progress: Shows how far it is.
         parameters: Parameters that a row adds to the backbone, where it is not a family's adapter.
+        samples: Takes what every row says to its prompts.
 
     Raises:
         EvaluationError: A loss is not finite.
@@ -78,6 +81,9 @@ def measure(
         progress.start("speed", len(rows) * (REPEATS + 1))
         lengths = settings.prompt_tokens, settings.new_tokens
         measured = speeds(model, rows, *lengths, progress.advance)
+    if samples is not None:
+        progress.start("samples")
+        samples.take(model, tokenizer, rows)
     kv_bytes = kv_bytes_per_token(model, rows)
     measurements = []
     for name, active in rows.items():

@@ -32,6 +32,24 @@ def passes_of(model: nn.Module, alone: str = results.BACKBONE) -> list[Pass]:
     ]
 
 
+def narrowed(passes: Sequence[Pass], p: Sequence[int] | None) -> list[Pass]:
+    """The passes with no more than some values of P, and what these are compared with.
+
+    Args:
+        passes: Of a family.
+        p: Values of P; None keeps all. The backbone, P = 1 and the control stay.
+    """
+    kept = []
+    for active, names in passes:
+        served = [] if active is None else [x for x in active.p_values if p is None or x in (1, *p)]
+        if active is None:
+            kept.append(Pass(None, names))
+        elif served:
+            names = [x for x, n in zip(names, active.p_values, strict=True) if n in served]
+            kept.append(Pass(ActiveStreams(active.adapter, served[-1], tuple(served)), names))
+    return kept
+
+
 def rows_of(passes: Sequence[Pass]) -> dict[str, ActiveStreams | None]:
     """The streams of each row alone, by its name."""
     rows: dict[str, ActiveStreams | None] = {}

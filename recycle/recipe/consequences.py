@@ -89,8 +89,9 @@ def stage_tokens(recipe: Recipe) -> dict[StageName, int]:
 
 
 def identity(recipe: Recipe) -> str:
-    """SHA-256 (hex) of all that decides the result: everything but launch, output and logging."""
-    content = recipe.model_dump(mode="json", exclude=set(OUTSIDE_IDENTITY))
+    """SHA-256 (hex) of all that decides the result: not launch, output, logging and samples."""
+    exclude = {"evaluation": {"samples"}} | dict.fromkeys(OUTSIDE_IDENTITY, True)
+    content = recipe.model_dump(mode="json", exclude=exclude)
     canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return hashlib.sha256(canonical.encode()).hexdigest()
 
@@ -102,6 +103,7 @@ def differing_keys(a: Recipe, b: Recipe) -> list[str]:
         key
         for key in left | right
         if key.partition(".")[0] not in OUTSIDE_IDENTITY
+        and key != "evaluation.samples"
         and key not in MAPPINGS  # their entries have keys of their own
         and left.get(key) != right.get(key)
     ]

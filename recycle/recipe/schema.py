@@ -212,6 +212,8 @@ class Evaluation(Section):
     """Prompt length of the speed measurement."""
     new_tokens: kinds.Count = 16
     """Tokens decoded in it."""
+    samples: Annotated[kinds.Whole, Field(ge=0)] = 3
+    """Prompts from the test documents that every row goes on with, for the report; 0 is none."""
 
 
 class Launch(Section):

@@ -8,6 +8,7 @@ from recycle.results import (
     Results,
     TaskResult,
     format_difference,
+    perplexity,
 )
 
 from .markdown import escape, facts, fence, format_table, join_blocks
@@ -27,12 +28,15 @@ def _render_task(task: TaskResult, order: dict[str, int]) -> tuple[str, ...]:
     smaller = dict(zip(streams[1:], streams, strict=False))
     others = [name for name in (BACKBONE, CONTROL, LORA, WEIGHTS) if name in rows]
     headings = ["row", task.metric, *(f"− {other} ± se" for other in others)]
+    if any(perplexity(task, name) for name in rows):
+        headings.insert(2, "perplexity")
     table = [[*headings, "− next smaller P ± se"] if smaller else headings]
     for name in rows:
         against = [other if other != name else None for other in others]
         against += [smaller.get(name)] if smaller else []
         cells = ["" if x is None else format_difference(task.difference(name, x)) for x in against]
-        table.append([name, f"{task.mean(name):.4f}", *cells])
+        value = [f"{task.mean(name):.4f}", perplexity(task, name)]
+        table.append([name, *filter(None, value), *cells])
     count = len(task.weights)
     return (
         f"### {escape(task.name)}",

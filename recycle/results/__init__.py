@@ -2,7 +2,8 @@
 
 Needs pydantic and nothing heavier, so results can be read anywhere. Reading order: `schema.py` (the
 record), made of `comparison.py` (losses and their differences), `tasks.py`, `estimates.py` and
-`machine.py`; `effort.py` (what a row cost to train); `file.py` (on disk); `table.py` (the tables).
+`machine.py`; `effort.py` (what a row cost to train); `file.py` (on disk); `table.py` and
+`task_table.py` (the tables).
 """
 
 from .comparison import (
@@ -46,4 +47,5 @@ from .table import (
     tabulate,
     tabulate_again,
 )
+from .task_table import perplexity, rich_tasks
 from .tasks import Sample, TaskResult

@@ -20,25 +20,25 @@ def tabulate(results: Results) -> list[tuple[str, ...]]:
 
     The column of speeds is there where prefill or decoding was measured.
     """
-    return _rows(_columns(results, short=False))
+    return text_columns(_columns(results, short=False))
 
 
 def rich_table(results: Results) -> "Table":
     """The table for a terminal of 80 columns or more, with parameters and speeds rounded."""
     notes = ["Loss in nats per token; lower is better.", shared_training(results)]
-    return _rich(results.name, "\n".join(filter(None, notes)), _columns(results, short=True))
+    return rich_columns(results.name, "\n".join(filter(None, notes)), _columns(results, short=True))
 
 
 def tabulate_again(results: Results) -> list[tuple[str, ...]]:
     """A later measurement beside the run's own: headings and rows; nothing for the run's own."""
-    return _rows(_columns_again(results)) if results.first is not None else []
+    return text_columns(_columns_again(results)) if results.first is not None else []
 
 
 def rich_first_table(results: Results) -> "Table":
     """The same for a terminal of 80 columns or more."""
     title = precisions(results).replace(", ", ",\n")  # both lines fit above the narrowest table
     caption = "now − run below zero: better than in the run."
-    return _rich(title, caption, _columns_again(results))
+    return rich_columns(title, caption, _columns_again(results))
 
 
 def precisions(results: Results) -> str:
@@ -105,12 +105,12 @@ def _columns_again(results: Results) -> Columns:
     }
 
 
-def _rows(columns: Columns) -> list[tuple[str, ...]]:
+def text_columns(columns: Columns) -> list[tuple[str, ...]]:
     headings = (heading.replace("\n/", "/").replace("\n", " ") for heading in columns)
     return [tuple(headings), *zip(*columns.values(), strict=True)]
 
 
-def _rich(title: str, caption: str, columns: Columns) -> "Table":
+def rich_columns(title: str, caption: str, columns: Columns) -> "Table":
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
     from rich.text import Text

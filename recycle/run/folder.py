@@ -28,6 +28,7 @@ from .settle import as_before, with_absolute_paths
 
 RESULTS = "results.json"
 CHECKPOINTS = "checkpoints"
+OF_DATA = re.compile(r": (stages\.\w+\.)?data\.")  # in a message on a path
 PRECISION = ("backbone.dtype", "backbone.quantization")  # which `recycle eval` may change
 
 
@@ -120,17 +121,21 @@ def finish(found: Found) -> None:
 
 
 def find_finished(
-    source: str, overrides: Sequence[str], out: str | None, backbone: str | None = None
+    source: str,
+    overrides: Sequence[str],
+    out: str | None,
+    backbone: str | None = None,
+    needs_data: bool = True,
 ) -> Found:
     """A finished run that is to be measured again.
 
     Args:
         source: Its folder.
         overrides: `key=value` of the sections evaluation and launch, and of the backbone's
-            precision. The data stay as they were: in another split, documents that were trained
-            on could be measured.
+            precision. The data stay as they were.
         out: Where new results are to go.
         backbone: Where the backbone lies now, if not where the run recorded it.
+        needs_data: Whether the text that it learned from must be where it was.
 
     Raises:
         RunError: It is no finished run, an override would need other adapters, or `out` exists.
@@ -155,13 +160,13 @@ def find_finished(
     ]
     if fixed:
         raise RunError(
-            "`recycle eval` measures the same adapters on the same documents and takes fields of "
+            "`recycle eval` measures the same adapters and takes fields of data (another source), "
             f"evaluation and launch, {' and '.join(PRECISION)} only, got {', '.join(fixed)}."
         )
     moved = [] if backbone is None else [f"backbone.id={backbone}", "backbone.revision=null"]
     resolved = resolve(str(folder / RECIPE), [*overrides, *moved])
-    if resolved.missing:
-        raise RecipeError(resolved.chosen, resolved.missing)
+    if missing := [x for x in resolved.missing if needs_data or not OF_DATA.search(x)]:
+        raise RecipeError(resolved.chosen, missing)
     return Found(with_absolute_paths(resolved.recipe), folder, results.read(folder / RESULTS))
 
 

@@ -16,6 +16,7 @@ from recycle.backbone.fingerprint import Fingerprint, differences
 from recycle.backbone.source import ADAPTER, ADAPTER_WEIGHTS, fetched
 from recycle.cost.shape import count_outside_embeddings
 from recycle.disk import expand, write_atomically
+from recycle.evaluate.samples import Samples
 from recycle.parscale import find_decoder
 from recycle.parscale.packing import keeps_sequences_apart
 from recycle.progress import Silent
@@ -45,6 +46,8 @@ class Materials:
     """Of each stage."""
     sections: tuple[str, ...]
     """The recipe's section with the data of each stage."""
+    samples: Samples
+    """What rows say to a few prompts; it fills as they are measured."""
     adapter_revision: str | None = None
     """Commit of a LoRA that came from the Hub."""
 
@@ -100,7 +103,9 @@ def load_materials(plan: RunPlan, progress: Silent) -> tuple[PreTrainedModel, Ma
     backbone = _backbone_record(recipe, model, source)
     sections = tuple(_section(recipe, stage) for stage in plan.stages)
     commit = _adapter_commit(recipe)
-    return model, Materials(tokenizer, source, splits, backbone, records, sections, commit)
+    samples = Samples.of(splits.test, recipe.evaluation.samples)
+    materials = Materials(tokenizer, source, splits, backbone, records, sections, samples, commit)
+    return model, materials
 
 
 def _section(recipe: Recipe, stage: Stage) -> str:

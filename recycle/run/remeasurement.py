@@ -1,6 +1,7 @@
 """A finished run's adapters, measured again: on this machine, in another precision."""
 
 import time
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -23,7 +24,13 @@ from .streams import own_foundation
 from .weights import Foundation, foundation, measure_compared
 
 
-def measure_again(found: Found, out: str | None, command: str, console: Console) -> Results:
+def measure_again(
+    found: Found,
+    out: str | None,
+    command: str,
+    console: Console,
+    p: Sequence[int] | None = None,
+) -> Results:
     """Measure a finished run's adapters again, on this machine and the same documents.
 
     The record holds the run's own losses as well, and the difference to them is shown.
@@ -33,6 +40,7 @@ def measure_again(found: Found, out: str | None, command: str, console: Console)
         out: Where to write the new results; None keeps them off the disk.
         command: The command line, for the record.
         console: Where progress and the tables go.
+        p: Values of P, and what they are compared with; None is all of them.
 
     Raises:
         RunError: The backbone or the data are not those of the run any more.
@@ -44,7 +52,7 @@ def measure_again(found: Found, out: str | None, command: str, console: Console)
         date=before.date,
         dtype=before.backbone.dtype,
         quantization=before.backbone.quantization,
-        losses={model.name: model.losses for model in before.models},
+        losses={x.name: x.losses for x in before.models if _kept(x, p)},
     )
     with display(console) as progress:
         backbone, materials = load_materials(plan, progress)
@@ -62,11 +70,11 @@ def measure_again(found: Found, out: str | None, command: str, console: Console)
             measured += measure_backbone(plan, materials, backbone, progress)
             del backbone, base  # before another one is loaded
             measured += measure_compared(plan, materials, progress)
-            base = own_foundation(plan) or foundation(plan, materials, {})
+            base = own_foundation(plan) or foundation(plan)
         location = plan.recipe.backbone.id
         check_backbone(members[0].config, base.source.fingerprint, str(folder), location)
         model = attach(base.model, members, folder)
-        measured += measure_streams(plan, materials, model, progress)
+        measured += measure_streams(plan, materials, model, progress, p)
         machine = describe(plan.device)
         # Elsewhere, and in another precision, the training's speed says nothing.
         comparable = machine == before.hardware and precision(materials.backbone) == precision(
@@ -87,6 +95,9 @@ def measure_again(found: Found, out: str | None, command: str, console: Console)
             "wall_seconds": before.wall_seconds.model_copy(
                 update={"announced": None, "evaluation": time.perf_counter() - started}
             ),
+            "samples": materials.samples.records(
+                materials.tokenizer, [row.name for row in measured]
+            ),
             "first": first,
         }
     )
@@ -95,3 +106,7 @@ def measure_again(found: Found, out: str | None, command: str, console: Console)
     console.print(results.rich_table(record))
     console.print(results.rich_first_table(record))
     return record
+
+
+def _kept(model: results.ModelResult, p: Sequence[int] | None) -> bool:
+    return p is None or model.num_streams in (1, *p)

@@ -2,6 +2,7 @@
 
 import shutil
 import time
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -13,6 +14,7 @@ from recycle.backbone.sample import linear_modules, watch
 from recycle.cost.passes import peak_memory
 from recycle.disk import write_atomically
 from recycle.evaluate import Pass, measure, passes_of
+from recycle.evaluate.passes import narrowed
 from recycle.family import ADAPTED
 from recycle.family.folder import BACKBONE
 from recycle.progress import Silent, display
@@ -85,7 +87,7 @@ def run_recipe(found: Found, command: str, console: Console) -> Results:
                 trainings += train_compared(plan, materials, progress)
                 trainings += adapt(plan, materials, progress)
                 measured += measure_compared(plan, materials, progress)
-                base = foundation(plan, materials, untouched)
+                base = foundation(plan, untouched)
             streams, records = train_streams(plan, materials, base, starts, progress)
             trainings += records
             with writing(plan.folder):
@@ -120,6 +122,9 @@ def run_recipe(found: Found, command: str, console: Console) -> Results:
                     announced=gib, taken=peak_memory(torch.device(plan.device)) / 2**30
                 ),
                 estimates=estimates,
+                samples=materials.samples.records(
+                    materials.tokenizer, [row.name for row in measured]
+                ),
             )
             results.write(record, plan.folder / RESULTS)
             report.write_report(record, plan.folder)
@@ -135,13 +140,19 @@ def measure_backbone(
     """The untouched backbone, where the streams are put on another model: its speed is P = 1's."""
     settings = plan.recipe.evaluation.model_copy(update={"speed": False})
     passes = [Pass(None, [results.BACKBONE])]
-    return measure(model, passes, materials.splits.test, settings, materials.tokenizer, progress)
+    test, tokenizer = materials.splits.test, materials.tokenizer
+    samples = materials.samples
+    return measure(model, passes, test, settings, tokenizer, progress, samples=samples)
 
 
 def measure_streams(
-    plan: RunPlan, materials: Materials, model: Any, progress: Silent
+    plan: RunPlan,
+    materials: Materials,
+    model: Any,
+    progress: Silent,
+    p: Sequence[int] | None = None,
 ) -> list[Measurement]:
-    """The model that the streams were put on, the control and each P."""
+    """The model that the streams were put on, the control and each P, or some of these."""
     adapted = plan.folder / ADAPTED
     alone = results.ADAPTED if adapted.is_dir() else results.BACKBONE
     passes, parameters = passes_of(model, alone), {}
@@ -151,9 +162,10 @@ def measure_streams(
     if plan.streams[0].all_weights:
         passes, parameters = passes[1:], {}
         own = count_parameters(plan.folder / BACKBONE)
-    settings = plan.recipe.evaluation
+    passes = narrowed(passes, p)
+    settings, samples = plan.recipe.evaluation, materials.samples
     test, tokenizer = materials.splits.test, materials.tokenizer
-    measured = measure(model, passes, test, settings, tokenizer, progress, parameters)
+    measured = measure(model, passes, test, settings, tokenizer, progress, parameters, samples)
     more = [x.adapter_parameters + own for x in measured]
     return [
         x.model_copy(update={"adapter_parameters": n}) for x, n in zip(measured, more, strict=True)

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import datasets
@@ -59,13 +60,19 @@ def measure_compared(plan: RunPlan, materials: Materials, progress: Silent) -> l
     """Measure the weights that streams are compared with, as they lie in the run folder."""
     if plan.compare is None:
         return []
-    folder = _folder(plan, plan.compare)
-    model = _adapted(plan, folder)[0]
+    folder, model = _folder(plan, plan.compare), load_compared(plan)
     settings = plan.recipe.evaluation.model_copy(update={"speed": False})  # that of P = 1
     row = plan.compare.rows[0]
     parameters = {row: count_parameters(folder)}
     passes, test, tokenizer = [Pass(None, [row])], materials.splits.test, materials.tokenizer
-    return measure(model, passes, test, settings, tokenizer, progress, parameters)
+    samples = materials.samples
+    return measure(model, passes, test, settings, tokenizer, progress, parameters, samples)
+
+
+def load_compared(plan: RunPlan) -> PreTrainedModel:
+    """The weights that streams are compared with, as they lie in the run folder."""
+    assert plan.compare is not None
+    return _adapted(plan, _folder(plan, plan.compare))[0]
 
 
 def adapt(plan: RunPlan, materials: Materials, progress: Silent) -> list[TrainingRecord]:
@@ -87,12 +94,11 @@ def adapt(plan: RunPlan, materials: Materials, progress: Silent) -> list[Trainin
     ]
 
 
-def foundation(plan: RunPlan, materials: Materials, untouched: Mapping[str, Tensor]) -> Foundation:
+def foundation(plan: RunPlan, untouched: Mapping[str, Tensor] = MappingProxyType({})) -> Foundation:
     """The model that streams are put on: a fresh backbone, adapted as the run folder says.
 
     Args:
         plan: The run's.
-        materials: Its data.
         untouched: What `watch` gave of the backbone.
     """
     folder = plan.folder / ADAPTED
