@@ -44,7 +44,7 @@ lint: setup
 COMMANDS := $(BIN)/typer recycle.cli.entry utils docs --name recycle --title "Every command"
 
 commands: setup
-	$(COMMANDS) --output scripts/commands.md
+	$(COMMANDS) > scripts/commands.md
 
 bench: setup
 	$(BIN)/python scripts/bench_overhead.py

@@ -25,7 +25,8 @@ from recycle.parscale import find_decoder, streams_of
 from recycle.parscale.starts import text_start
 from recycle.recipe import read_recipe, stages
 
-FILES = ("report.md", "README.md", "family.json", "p2", "p4", "control", "tokenizer.json")
+REPORTS = ("report.md", "report.html", "README.md")
+FILES = (*REPORTS, "family.json", "p2", "p4", "control", "tokenizer.json")
 TEXT = "def fibonacci(n):\n    if n < 2:\n        return n\n"
 
 

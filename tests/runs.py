@@ -10,9 +10,13 @@ import os
 import random
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from recycle import cli
 from recycle.recipe.fields import nest
 
 ROOT = Path(__file__).parents[1]
@@ -109,6 +113,25 @@ def recycle(
         timeout=240,
         **options,
     )
+
+
+def command_here(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """The command in this process, where libraries are imported already."""
+
+    def command(*arguments: object) -> subprocess.CompletedProcess[str]:
+        monkeypatch.setattr(sys, "argv", ["recycle", *map(str, arguments)])
+        capsys.readouterr()
+        status = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            status = int(stop.code or 0)
+        printed = capsys.readouterr()
+        return subprocess.CompletedProcess(sys.argv, status, printed.out, printed.err)
+
+    return command
 
 
 def assert_refused(done: subprocess.CompletedProcess[str], *words: str) -> None:

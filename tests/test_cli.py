@@ -15,10 +15,10 @@ import torch
 import typer
 from safetensors.torch import load_file
 
-from recycle import __version__, cli, results
+from recycle import __version__, results
 from recycle.cli.app import app
 from recycle.family.record import FAMILY_FILE
-from tests.runs import assert_refused, contents, environment, write_recipe
+from tests.runs import assert_refused, command_here, contents, environment, write_recipe
 from tests.runs import recycle as run_command
 
 GOLDEN = Path(__file__).parent / "golden" / "qwen2-p2"
@@ -30,20 +30,7 @@ Recycle = Callable[..., subprocess.CompletedProcess[str]]
 
 @pytest.fixture
 def recycle(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Recycle:
-    """The command in this process, where libraries are imported already."""
-
-    def command(*arguments: object) -> subprocess.CompletedProcess[str]:
-        monkeypatch.setattr(sys, "argv", ["recycle", *map(str, arguments)])
-        capsys.readouterr()
-        status = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            status = int(stop.code or 0)
-        printed = capsys.readouterr()
-        return subprocess.CompletedProcess(sys.argv, status, printed.out, printed.err)
-
-    return command
+    return command_here(capsys, monkeypatch)
 
 
 @pytest.fixture(scope="module")

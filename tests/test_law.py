@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -102,16 +103,25 @@ def test_as_many_points_as_parameters_leave_no_interval() -> None:
 @pytest.mark.parametrize(
     ("points", "words"),
     [
-        (made_up()[:3], "takes at least as many points, got 3"),
+        (made_up()[:3], "at least as many pairs of N and P, got 3"),
         (made_up()[:2] * 3, "got 2"),
+        ([Point(1e9, p, 2 - p / 10 + seed) for p in (1, 2) for seed in (0, 0.1)], "got 2"),
+        ([Point(n, p, 2.0) for n in SIZES for p in STREAMS], "All 16 points have a loss of 2"),
+        ([*made_up(), Point(1e9, 10**29, 2.0)], "whole P from 1 to 1,024"),
         (made_up()[::4], "All 4 points have P = 1, which leaves k open"),
-        ([*made_up(), Point(1e9, 2, math.nan)], "finite losses above 0"),
-        ([*made_up(), Point(1e9, 0, 2.0)], "P from 1 on"),
+        ([*made_up(), Point(1e9, 2, math.nan)], "losses above 0"),
+        ([*made_up(), Point(1e9, 0, 2.0)], "whole P from 1"),
     ],
 )
 def test_what_gives_no_law_is_refused(points: list[Point], words: str) -> None:
     with pytest.raises(LawError, match=words):
         fit(points)
+
+
+def test_a_parameter_at_the_end_of_its_range_is_told() -> None:
+    flat = [replace(x, loss=TRUE.loss(x.parameters, 1)) for x in made_up()]
+    notes = summarise(flat, fit(flat), ())["notes"]
+    assert [x[:4] for x in notes[1:]] == ["k = "]
 
 
 def test_the_points_of_a_run_are_the_control_and_each_p() -> None:
@@ -153,6 +163,13 @@ def test_runs_stand_in_one_fit_where_only_the_backbone_differs(tmp_path: Path) -
     listed.write_text('[{"p": 2, "loss": 1.5}]')
     with pytest.raises(PointsError, match="must be a list of"):
         read_points([str(listed)])
+    for damaged, words in (
+        ('[{"p": 1.5, "parameters": 5e8, "loss": 1.5}]', "a whole P"),
+        ("[" * 100_000, "nested too deeply"),
+    ):
+        listed.write_text(damaged)
+        with pytest.raises(PointsError, match=words):
+            read_points([str(listed)])
     with pytest.raises(PointsError, match="no finished run"):
         read_points([str(tmp_path)])
 
@@ -212,7 +229,8 @@ def test_the_command(tmp_path: Path) -> None:
     assert low < TRUE.loss(3e9, 8) < high
     shown = recycle(*asked, cwd=tmp_path).stdout
     assert f"{found['k']:.4f}" in shown
-    assert f"N = 3e+09, P = 8 │ {forecast['loss']:10.4f}" in shown
+    (row,) = (x.split() for x in shown.splitlines() if "N = 3e+09, P = 8" in x)
+    assert f"{forecast['loss']:.4f}" in row
     assert "trained from scratch" in shown
 
     losses.write_text(json.dumps(rows[:3]))

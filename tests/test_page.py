@@ -216,12 +216,16 @@ def test_nothing_private_is_on_the_page() -> None:
 @pytest.mark.parametrize(
     ("levels", "chosen", "said"),
     [
-        ({}, "P = 4", "**Deploy P = 4.** Its held-out loss, 2."),
+        (
+            {},
+            "P = 4",
+            "**Deploy P = 4.** It is the cheapest row than which none is clearly better.",
+        ),
         ({"P = 8": 2.6}, "P = 8", "**Deploy P = 8.**"),
         ({"P = 2": 2.75, "P = 4": 2.75, "P = 8": 2.75}, "LoRA", "Deploy LoRA: no P above 1 is"),
-        ({"P = 2": 2.9, "P = 4": 2.9, "P = 8": 2.7}, "P = 8", "below that of LoRA, the best"),
+        ({"P = 2": 2.9, "P = 4": 2.9, "P = 8": 2.7}, "P = 8", "to LoRA, the best of what costs"),
         ({"control": 2.6, "P = 2": 2.6, "P = 4": 2.6, "P = 8": 2.6}, "control", "the control: no"),
-        (dict.fromkeys(LEVELS, 3.0), "backbone", "Nothing that was trained is clearly better"),
+        (dict.fromkeys(LEVELS, 3.0), "backbone", "Deploy the backbone: no P above 1"),
         ({"LoRA": 2.9, "P = 2": 2.78, "P = 4": 2.78, "P = 8": 2.78}, "control", "Deploy the con"),
     ],
 )
@@ -234,6 +238,24 @@ def test_the_least_row_that_is_worth_its_price(
     assert "trial" not in text
 
 
+def test_a_row_between_two_that_do_not_differ_clearly_is_no_way_around_the_cheaper_one() -> None:
+    """P = 2 beats the backbone clearly, the control does not; and P = 2 is no better than it."""
+    even = [2.5, 2.6, 2.4, 2.5] * 16
+    wave = [0.3, -0.25, 0.2, -0.28] * 16
+    losses = {
+        "backbone": even,
+        "control": [x - 0.03 + w for x, w in zip(even, wave, strict=True)],
+        "P = 2": [x - 0.02 for x in even],
+        "P = 4": [x + 0.5 for x in even],
+    }
+    record = make_results({name: tuple(x) for name, x in losses.items()})
+    row, text = recommend(record)
+    assert row is not None
+    assert row.name == "control"
+    assert "P = 2 costs more and is not clearly better" in text
+    assert "P = 4 costs more and is clearly worse" in text
+
+
 def test_the_recommendation_gives_its_numbers() -> None:
     record = full_results()
     p2, p4, p8 = record.models[-3:]
@@ -242,12 +264,13 @@ def test_the_recommendation_gives_its_numbers() -> None:
     _, text = recommend(record)
     memory = memory_gib(record)
     assert text == (
-        f"**Deploy P = 4.** Its held-out loss, {p4.loss:.4f}, is {-gain.mean:.4f} ± "
-        f"{gain.standard_error:.4f} below that of P = 2, the best of what costs less or the same; "
-        f"it takes {memory['P = 4'] / memory['backbone']:.2f} times the backbone's memory and "
+        "**Deploy P = 4.** It is the cheapest row than which none is clearly better. Its held-out "
+        f"loss is {p4.loss:.4f}; to P = 2, the best of what costs less or the same, that is "
+        f"{gain.mean:+.4f} ± {gain.standard_error:.4f}; it takes "
+        f"{memory['P = 4'] / memory['backbone']:.2f} times the backbone's memory and "
         f"{24 / 21:.2f} times the backbone's time to decode a token. P = 8 costs more and is not "
         f"clearly better ({more.mean:+.4f} ± {more.standard_error:.4f})."
-    ).replace("(-", "(−")
+    ).replace("(-", "(−").replace("is -", "is −")
     page = Page(render_page([record]))
     assert "P = 4, recommended" in page.texts["td"]
     labels = [x.get_text() for x in plot_loss_vs_memory(record).axes[0].get_legend().get_texts()]
@@ -286,9 +309,10 @@ def test_memory_by_hand() -> None:
     backbone = record.backbone.model_copy(update={"quantization": "gptq"})
     unknown = record.model_copy(update={"backbone": backbone})
     assert memory_gib(unknown) == {}
-    assert "Memory is not given: the size of a weight in gptq is not known." in render_report(
-        unknown
-    )
+    older = {"quantization": "nf4", "non_embedding_parameters": None}  # embeddings are not known
+    backbone = record.backbone.model_copy(update=older)
+    assert memory_gib(record.model_copy(update={"backbone": backbone})) == {}
+    assert "the record does not tell what weights in gptq take." in render_report(unknown)
     assert "loss_vs_memory.png" not in plots_of(unknown)
 
 
@@ -429,6 +453,25 @@ def test_other_documents_are_not_compared() -> None:
     text = render_groups([one, other])
     assert "| row | held-out loss | − control ± se |\n" in text
     assert "have different test documents, so their losses cannot be compared" in text
+
+
+def test_other_seeds_of_the_data_and_other_samples_are_the_same_recipe() -> None:
+    stages = {"adapt": {"train": "lora", "data": {"seed": 1}}}
+    changed = recipe_of() | {"evaluation": {"samples": 0}, "data": {"seed": 3}, "stages": stages}
+    plain = {"adapt": {"train": "lora", "data": {"seed": 0}}}
+    recipe = recipe_of() | {"evaluation": {"samples": 3}, "data": {"seed": 0}, "stages": plain}
+    assert len(gather([full_results(0, recipe=recipe), full_results(1, recipe=changed)])) == 1
+
+
+def test_a_row_that_the_table_lacks_has_its_task_scores() -> None:
+    record = full_results()
+    task = record.tasks[0]
+    more = task.merged({"P = 16": next(iter(task.scores.values()))}, task.date)
+    given = "recycle eval acme/runs/x --tasks acme/mc.yaml,arithmetic data.path=acme/n.md"
+    more = more.model_copy(update={"command": given})
+    text = render_report(record.model_copy(update={"tasks": (more,)}))
+    assert "| P = 16 |" in text
+    assert "recycle eval x --tasks mc.yaml,arithmetic data.path=n.md" in text
 
 
 def test_another_precision_is_no_seed() -> None:

@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
-from recycle import cli, results
+from recycle import results
 from recycle.backbone.skeleton import load_skeleton
 from recycle.cost import CostError, PassCost, Work, find_gpu, total
 from recycle.cost.gpu import FILE, known_as
@@ -25,7 +24,7 @@ from recycle.recipe.schema import Backbone
 from recycle.report.document import render_report
 from recycle.run.forecast import forecast
 from tests.families.configs import family_model
-from tests.runs import write_recipe
+from tests.runs import command_here, write_recipe
 from tests.test_run import go
 from tests.tiny import save_tiny, tiny_model
 
@@ -58,15 +57,11 @@ def plan(
 ) -> Callable[..., tuple[int, str, str]]:
     """`recycle plan` in this process: its status, standard output and standard error."""
 
+    here = command_here(capsys, monkeypatch)
+
     def command(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["recycle", "plan", *map(str, arguments)])
-        capsys.readouterr()
-        status = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            status = int(stop.code or 0)
-        return (status, *capsys.readouterr())
+        done = here("plan", *arguments)
+        return done.returncode, done.stdout, done.stderr
 
     return command
 
@@ -146,7 +141,29 @@ def test_quantised_matrices_take_less(tmp_path: Path) -> None:
     assert nf4.token_s < whole.token_s / 2  # decoding waits for the weights
 
 
+def test_stacks_of_experts_are_not_quantised() -> None:
+    model = family_model("mixtral")
+    shape, gpu = model_shape(model), find_gpu("rtx-4090")
+    experts = sum(x.numel() for n, x in model.named_parameters() if "expert" in n and x.ndim == 3)
+    assert shape.experts == experts > 0
+    whole, nf4 = (Numbers(quantization=x) for x in (None, "nf4"))
+    saved = (shape.attention + shape.mlp - experts) * (2 - 0.516) / 2**30
+    first, second = (estimate(shape, gpu, 1, Request(), x).weights_gib for x in (whole, nf4))
+    assert first - second == pytest.approx(saved)
+    learner = Learner((2,), 0, False, block_size=8, prefix=4)
+    first, second = (memory(shape, x, learner, 1) for x in (whole, nf4))
+    assert first - second == pytest.approx(saved)
+
+
 # ---- GPUs
+
+
+def test_a_gpu_without_bfloat16_is_planned_for_in_float32(plan: Any, tmp_path: Path) -> None:
+    folder = config_folder(tmp_path / "m", hidden_size=64, intermediate_size=128)
+    found = [
+        json.loads(plan(folder, "--gpu", x, "--p", 1, "--json")[1])["dtype"] for x in ("t4", "l4")
+    ]
+    assert found == ["float32", "bfloat16"]
 
 
 def test_the_file_of_gpus_can_be_read_and_goes_from_12_gib_to_an_h200() -> None:
@@ -307,13 +324,21 @@ def test_what_is_refused(plan: Any, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     config_folder(tmp_path / "bert", model_type="bert", architectures=["BertForMaskedLM"])
     config_folder(tmp_path / "odd", hidden_size="wide")
+    small = {"hidden_size": 64, "intermediate_size": 128}
+    config_folder(tmp_path / "heads", **small, num_key_value_heads=3)
+    config_folder(tmp_path / "none", **small, vocab_size=0)
+    config_folder(tmp_path / "one", **small, vocab_size=1)
     mamba = config_folder(
         tmp_path / "mamba", model_type="mamba", architectures=["MambaForCausalLM"]
     )
     (mamba / "config.json").write_text('{"model_type": "mamba", "num_hidden_layers": 2}')
     cases: list[tuple[tuple[object, ...], str]] = [
         ((folder, "--gpu", "abacus"), "rtx-3060-12gb (12 GiB)"),
-        ((folder, "--p", "0,2"), "whole numbers of streams from 1 on"),
+        ((folder, "--p", "0,2"), "whole numbers of streams from 1 to 1,024"),
+        ((folder, "--p", "1,1025"), "got '1,1025'"),
+        ((folder, "--batch", 2**20 + 1), "less than or equal to 1048576"),
+        ((folder, "--input", 10**9), "less than or equal to 1048576"),
+        ((folder, "--output", 10**9), "less than or equal to 1048576"),
         ((folder, "--p", "two"), "got 'two'"),
         ((folder, "--batch", "0"), "--batch"),
         ((folder, "--input", "0"), "--input"),
@@ -321,6 +346,10 @@ def test_what_is_refused(plan: Any, tmp_path: Path) -> None:
         ((tmp_path / "empty",), "no config.json"),
         ((tmp_path / "bert",), "a backbone must be a causal language model"),
         ((tmp_path / "odd",), "describes no model that transformers can build"),
+        ((tmp_path / "odd",), "got str"),
+        ((tmp_path / "heads",), "sizes that do not fit together"),
+        ((tmp_path / "none",), "fewer than two tokens"),
+        ((tmp_path / "one",), "fewer than two tokens"),
         ((mamba,), "has none: its layers are recurrent"),
         (("Qwen/Qwen-there-is-none",), "cannot reach the Hub"),
     ]

@@ -5,7 +5,7 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -150,7 +150,7 @@ def test_another_push_is_another_commit_without_what_the_run_lacks(
     run = finished_run(tmp_path)
     there = hub.root / "models" / "tiny" / "family"
     (there / "p8").mkdir(parents=True)
-    for file in ("p8/adapter_config.json", "notes.md"):
+    for file in ("p8/adapter_config.json", "notes.md", "family.json"):
         (there / file).write_text("{}")
     hub.refresh("tiny/family")
     env = environment(hub.url, tmp_path / "home")
@@ -188,7 +188,7 @@ def test_what_names_this_machine_does_not_leave(tmp_path: Path, hub: UploadHub) 
         contents(run, "tiny/family")
     path.unlink()
     (run / "p2" / "adapter_model.safetensors").unlink()
-    with pytest.raises(PublicationError, match=r"lacks p2/adapter_model.safetensors"):
+    with pytest.raises(PublicationError, match=r"p2/adapter_model.safetensors is missing"):
         contents(run, "tiny/family")
     (run / "results.json").unlink()
     with pytest.raises(PublicationError, match=r"is no finished run"):
@@ -232,3 +232,73 @@ def test_why_nothing_was_uploaded(
         assert_refused(recycle("push", run, name, cwd=tmp_path, env=env), words)
     assert hub.commits == []
     assert hub.objects == {}
+
+
+def test_files_that_are_no_part_of_a_family_stay(hub: UploadHub, tmp_path: Path) -> None:
+    run = finished_run(tmp_path)
+    for file in ("token.json", "vocab.json", "aws_config.json", "p2/optimizer.safetensors"):
+        (run / file).write_text("{}")
+    assert set(contents(run, "tiny/family")) == FILES
+
+
+def test_text_of_ones_own_stays(hub: UploadHub, tmp_path: Path) -> None:
+    run = finished_run(tmp_path)
+    record = results.read(run / "results.json")
+    sample = results.Sample(prompt="a secret plan", replies={"P = 2": "and so on"})
+    results.write(record.model_copy(update={"samples": (sample,)}), run / "results.json")
+    files = contents(run, "tiny/family")
+    for name in ("results.json", "report.md", "report.html"):
+        content = files[name]
+        assert isinstance(content, bytes)
+        assert b"secret plan" not in content
+        assert record.documents[0].name.encode() not in content
+    assert b"document 1" in files["results.json"]  # type: ignore[operator]
+
+
+def link_template(run: Path) -> None:
+    (run.parent / "secret").write_text("a secret")
+    (run / "chat_template.jinja").unlink()
+    (run / "chat_template.jinja").symlink_to(run.parent / "secret")
+
+
+def swap(run: Path) -> None:
+    shutil.copy(run / "p4/adapter_model.safetensors", run / "p2/adapter_model.safetensors")
+
+
+def write_token(run: Path) -> None:
+    (run / "special_tokens_map.json").write_text('{"a": "hf_' + "A" * 30 + '"}')
+
+
+def name_a_place(run: Path) -> None:
+    (run / "special_tokens_map.json").write_text(json.dumps({"a": f"x:{run.parent}/tiny"}))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (link_template, "is a link out of the run's folder"),
+        (swap, "p2/adapter_model.safetensors is missing or was changed"),
+        (lambda run: (run / "tokenizer.json").unlink(), "tokenizer.json is missing or was changed"),
+        (write_token, "special_tokens_map.json names hf_AAA"),
+        (name_a_place, "of this machine or a secret, and nothing was uploaded"),
+    ],
+)
+def test_what_may_not_leave(
+    hub: UploadHub, tmp_path: Path, spoil: Callable[[Path], None], words: str
+) -> None:
+    run = finished_run(tmp_path)
+    spoil(run)
+    with pytest.raises(PublicationError, match=words):
+        contents(run, "tiny/family")
+
+
+def test_a_repository_of_something_else_is_left_alone(hub: UploadHub, tmp_path: Path) -> None:
+    run = finished_run(tmp_path)
+    there = hub.root / "models" / "tiny" / "other"
+    there.mkdir(parents=True)
+    (there / "weights.bin").write_text("not ours")
+    hub.refresh("tiny/other")
+    env = environment(hub.url, tmp_path / "home")
+    done = recycle("push", run, "tiny/other", cwd=tmp_path, env=env)
+    assert_refused(done, "tiny/other holds no family")
+    assert hub.commits == []

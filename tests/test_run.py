@@ -71,7 +71,7 @@ def test_a_finished_folder(finished: Path) -> None:
         "report.md",
         "report.html",
         "README.md",
-        *(f"loss_vs_{price}.png" for price in ("streams", "tokens", "memory")),
+        *(f"loss_vs_{price}.png" for price in ("streams", "tokens", "memory", "latency")),
         "paper_law.png",
         "stream_weights.png",
         "family.json",

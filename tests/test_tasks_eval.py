@@ -15,7 +15,7 @@ import pytest
 
 from recycle import results
 from recycle.data import DataError, StageData, prepare
-from recycle.data.held_out import lines_of_training, read_held_out
+from recycle.data.held_out import read_held_out, windows_of_training
 from recycle.evaluate import exams, humaneval
 from recycle.evaluate.humaneval import Written, cut, pass_at_k
 from recycle.evaluate.sandbox import SandboxError, run_program
@@ -94,8 +94,9 @@ def test_other_data(recycle: Recycle, home: Path) -> None:  # noqa: F811
     assert (loss.name, loss.settings["checked_against_training"]) == ("notes.md", True)
     count = len(tiny_tokenizer()(notes.read_text())["input_ids"])
     full, rest = divmod(count, 16)
-    assert loss.tokens == (15,) * full + (rest - 1,) * (rest > 1)
-    assert loss.settings["blocks"] == len(loss.tokens) > 10
+    assert loss.tokens == (15 * full + max(rest - 1, 0),)  # one document, so no standard error
+    assert loss.difference("P = 2", "control").standard_error is None
+    assert (loss.settings["documents"], loss.settings["blocks"]) == (1, full + (rest > 1))
     assert tuple(loss.scores) == ROWS
     (row,) = (x for x in done.stdout.splitlines() if x.startswith("P = 2"))
     assert f"{loss.mean('P = 2'):.4f}" in row
@@ -112,7 +113,7 @@ def test_what_was_trained_on_is_not_held_out(tmp_path: Path) -> None:
     )
     tokenizer = tiny_tokenizer()
     splits = prepare([StageData(data, 69)], tokenizer, num_virtual_tokens=4, num_starts=2)
-    trained = lines_of_training(splits, tokenizer)
+    trained = windows_of_training(splits)
     again = data.model_copy(update={"test_documents": 100, "seed": 1})
     found = read_held_out(again, tokenizer, trained)
     held_out = {x.name for x in splits.test} | {x.name for x in splits.validation[0]}
@@ -127,10 +128,60 @@ def test_what_was_trained_on_is_not_held_out(tmp_path: Path) -> None:
     assert own.input_ids == splits.test[0].input_ids
     few = data.model_copy(update={"test_documents": 4})
     assert len(read_held_out(few, tokenizer, set()).blocks) == 4
-    (tmp_path / "one.txt").write_text("\n".join(sorted(trained)[:20]))
+    learned = tokenizer.decode(splits.train[0][0]["input_ids"], skip_special_tokens=True)
+    (tmp_path / "one.txt").write_text(learned)
     copied = data.model_copy(update={"path": str(tmp_path / "one.txt")})
-    with pytest.raises(DataError, match="1 documents were read, and 1 of them share over 30%"):
+    with pytest.raises(DataError, match="1 documents were read, and 1 of them are over 30% text"):
         read_held_out(copied, tokenizer, trained)
+
+
+def write_choice(folder: Path, answer: int, name: str = "choice") -> Path:
+    """A task of the harness whose documents have this answer."""
+    rows = [json.dumps({"q": f"Question {n}", "a": answer}) for n in range(4)]
+    (folder / f"{name}.jsonl").write_text("\n".join(rows))
+    files = {"data_files": {"test": str(folder / f"{name}.jsonl")}}
+    task = {
+        "task": name,
+        "dataset_path": "json",
+        "dataset_kwargs": files | {"cache_dir": str(folder / "cache")},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{q}}",
+        "doc_to_choice": [" one", " two"],
+        "doc_to_target": "{{a}}",
+        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+    }
+    (folder / f"{name}.yaml").write_text(json.dumps(task))
+    return folder / f"{name}.yaml"
+
+
+def test_other_answers_are_another_measurement(recycle: Recycle, home: Path) -> None:  # noqa: F811
+    first = write_choice(home, 0)
+    assert recycle("eval", RUN, "--tasks", first, "--p", "2").returncode == 0
+    again = recycle("eval", RUN, "--tasks", first, "--p", "2")
+    assert "choice: measured before: P = 2, backbone, control" in again.stdout
+    write_choice(home, 1)
+    done = recycle("eval", RUN, "--tasks", first, "--p", "2")
+    assert "measured before" not in done.stdout
+    before, after = (x for x in results.read(Path(RUN, "results.json")).tasks if x.metric == "acc")
+    assert before.mean("P = 2") == 1 - after.mean("P = 2")
+    assert not Path(RUN, "checkpoints").exists()
+
+
+def test_two_of_one_name(recycle: Recycle, home: Path) -> None:  # noqa: F811
+    (home / "b").mkdir()
+    both = f"{write_choice(home, 0)},{write_choice(home / 'b', 1)}"
+    assert_refused(recycle("eval", RUN, "--tasks", both), "a task called choice was named before")
+    one = write_choice(home, 0, "answers")
+    refused = recycle("eval", RUN, "--tasks", f"answers,{one}")
+    assert_refused(refused, "Two of what is asked for are called answers")
+
+
+def test_a_run_of_another_version(recycle: Recycle, home: Path) -> None:  # noqa: F811
+    recipe = Path(RUN, "recipe.yaml")
+    recipe.write_text(recipe.read_text() + "lora: {}\n")
+    refused = recycle("eval", RUN, "--tasks", "answers")
+    assert_refused(refused, "recipe.yaml was written by another version of recycle, or changed")
 
 
 def test_where_the_run_s_data_are_gone(
@@ -328,8 +379,3 @@ def test_without_the_extra(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         text=True,
     )
     assert_refused(done, "This needs lm_eval: pip install 'recycle-lm[eval]'")
-
-
-def test_help(recycle: Recycle) -> None:  # noqa: F811
-    printed = recycle("eval", "--help").stdout
-    assert "\n    recycle eval runs/demo data=files data.path=notes.md\n" in printed

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from recycle.disk import expand, read_json_object
 
-from .errors import BackboneError, first_line
+from .errors import BackboneError
 from .loading import BackboneConfig, check_architecture, resolve_source
 from .quantization import settle_quantization, stored_quantization
 from .source import CONFIG, fetched
@@ -50,7 +50,7 @@ def load_skeleton(backbone: BackboneConfig) -> tuple[PreTrainedModel, str | None
             )
     except Exception as error:  # whatever a model's own code makes of numbers that do not fit
         raise BackboneError(
-            f"{path} describes no model that transformers can build: {first_line(error)}. Copy or "
+            f"{path} describes no model that transformers can build: {one_line(error)}. Copy or "
             "fetch it again."
         ) from None
     shown: dict[Tensor, Any] = {}  # tied ones stay tied
@@ -65,6 +65,11 @@ def load_skeleton(backbone: BackboneConfig) -> tuple[PreTrainedModel, str | None
             if buffer is not None:
                 module._buffers[name] = torch.zeros((), dtype=buffer.dtype).expand(buffer.shape)
     return model.eval(), quantization
+
+
+def one_line(error: Exception) -> str:
+    """The whole of another library's message, or the error's type where it has none."""
+    return " ".join((str(error) or type(error).__name__).split()).rstrip(".:")
 
 
 class _ShapesAlone(TorchFunctionMode):

@@ -126,7 +126,7 @@ def fit(
     if as_json:
         print(json.dumps(summary))
     else:
-        console.print(tabulate(summary))
+        console.print(tabulate(summary), *summary["notes"], sep="\n")
 
 
 def _place(text: str) -> tuple[float, int]:

@@ -8,6 +8,8 @@ from recycle.errors import RecycleError
 
 from .app import Overrides, Target, app, command_line, console, example, fail, quiet_libraries
 
+MOST = 2**20  # texts, or tokens, that are planned for
+
 
 @app.command(epilog=example("recycle run Qwen/Qwen2.5-3B streams=2,4,8 training.tokens=20M"))
 def run(
@@ -78,9 +80,9 @@ def plan(
         str | None,
         typer.Option(help="Streams, as 1,2,4,8; 1 is the model without. [default: the recipe's]"),
     ] = None,
-    batch: Annotated[int, typer.Option(help="Texts of a request.", min=1)] = 1,
-    input: Annotated[int, typer.Option(help="Tokens of each text.", min=1)] = 64,
-    output: Annotated[int, typer.Option(help="Tokens generated for each.", min=1)] = 64,
+    batch: Annotated[int, typer.Option(help="Texts of a request.", min=1, max=MOST)] = 1,
+    input: Annotated[int, typer.Option(help="Tokens of each text.", min=1, max=MOST)] = 64,
+    output: Annotated[int, typer.Option(help="Tokens generated for each.", min=1, max=MOST)] = 64,
     json: Annotated[bool, typer.Option("--json", help="Print all of it as JSON.")] = False,
 ) -> None:
     """Say before any training what inference and training take; reads config.json alone.
@@ -113,9 +115,9 @@ def plan(
 def numbers_of_streams(text: str | None) -> tuple[int, ...]:
     """The values of --p in rising order; nothing where it is not given."""
     words = [] if text is None else text.split(",")
-    if not all(x.strip().isdecimal() and int(x) >= 1 for x in words):
+    if not all(x.strip().isdecimal() and len(x) < 9 and 1 <= int(x) <= 1024 for x in words):
         raise RecycleError(
-            f"--p takes whole numbers of streams from 1 on, joined by commas, got {text!r}. For "
-            "example --p 1,2,4,8; 1 is the model without streams."
+            "--p takes whole numbers of streams from 1 to 1,024, joined by commas, got "
+            f"{text!r}. For example --p 1,2,4,8; 1 is the model without streams."
         )
     return tuple(sorted({int(x) for x in words}))

@@ -34,6 +34,11 @@ class Gpu:
     dtype: str = "bfloat16"
     """16-bit format that it computes in."""
 
+    @property
+    def settled_dtype(self) -> str:
+        """What a run's dtype `auto` becomes: float32 where bfloat16 is emulated."""
+        return "bfloat16" if self.dtype == "bfloat16" else "float32"
+
     def flops(self, dtype: str) -> float:
         """Operations a second, at best."""
         return 1e12 * (self.float32 if dtype == "float32" else self.tflops)

@@ -51,7 +51,7 @@ class Numbers:
 
     dtype: str = "bfloat16"
     quantization: str | None = None
-    """Of the decoder's matrices."""
+    """Of the decoder's `nn.Linear`: bitsandbytes leaves stacks of experts as they are."""
 
     @property
     def bytes(self) -> int:
@@ -87,6 +87,9 @@ def estimate(
     mixed = max(3 * d, 2 * d + 4 * shape.heads)  # numbers that attention holds of a position
     inner = max(d, shape.inner)
 
+    stacked = shape.experts / shape.mlp
+    mlp_bytes = stacked * size + (1 - stacked) * numbers.matrix_bytes
+
     def attention(b: int, s: int) -> float:
         """Seconds, in all layers."""
         computing = b * s * 2 * (shape.attention + s * shape.scores)
@@ -96,7 +99,7 @@ def estimate(
     def mlp(b: int, s: int) -> float:
         """Seconds, in all layers; of experts, those that the positions can be sent to."""
         touched = min(shape.mlp, b * s * shape.active_mlp)
-        moving = touched * numbers.matrix_bytes + shape.layers * b * s * inner * size
+        moving = touched * mlp_bytes + shape.layers * b * s * inner * size
         return max(b * s * 2 * shape.active_mlp / rate, moving / bandwidth)
 
     def layers(b: int, s: int) -> float:
@@ -116,7 +119,7 @@ def estimate(
     step = layers(rows, 1) + (table * size + 2 * cache) / bandwidth + batch * head
     share = inputs / (inputs + outputs)  # of the aggregator's work that is the prompt's
 
-    matrices = (shape.attention + shape.mlp) * numbers.matrix_bytes
+    matrices = shape.attention * numbers.matrix_bytes + shape.mlp * mlp_bytes
     weights = matrices + (shape.vectors + shape.others + shape.embedding + aggregator) * size
     held = max(rows * max(mixed, inner), batch * shape.vocabulary) * (inputs + prefix) * size
     prefill, token = first + share * aggregating, step + (1 - share) * aggregating / outputs

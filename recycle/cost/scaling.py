@@ -100,6 +100,7 @@ def paper_example() -> PaperExample:
         heads=HEADS,
         attention=attention,
         mlp=mlp,
+        experts=0,
         active_mlp=mlp,
         vectors=HIDDEN * (2 * LAYERS + 1),
         embedding=VOCABULARY * HIDDEN,

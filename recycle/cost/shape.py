@@ -9,7 +9,9 @@ from typing import Any
 
 from torch import nn
 
-from recycle.backbone.skeleton import shapes_alone
+from recycle.backbone.errors import BackboneError
+from recycle.backbone.skeleton import one_line, shapes_alone
+from recycle.errors import RecycleError
 from recycle.parscale import ParScaleConfig, find_decoder
 from recycle.parscale.location import locate_attention
 
@@ -32,6 +34,8 @@ class Shape:
     """Parameters of the attention's matrices."""
     mlp: float
     """Parameters of all other matrices of the decoder."""
+    experts: float
+    """Those of them in stacks [experts, …], no `nn.Linear`: quantising leaves them."""
     active_mlp: float
     """Those of them that one token passes through: of experts, only its own."""
     vectors: float
@@ -71,7 +75,7 @@ class Shape:
         """
         square, linear = self.attention + self.mlp, self.vectors + self.others
         times = (math.sqrt(linear**2 + 4 * square * parameters) - linear) / (2 * square)
-        power = dict.fromkeys(("attention", "mlp", "active_mlp"), 2)
+        power = dict.fromkeys(("attention", "mlp", "experts", "active_mlp"), 2)
         power |= dict.fromkeys(("layers", "vocabulary", "heads"), 0)
         grown = {
             x.name: getattr(self, x.name) * times ** power.get(x.name, 1) for x in fields(self)
@@ -94,18 +98,27 @@ def model_shape(model: Any) -> Shape:
     """The shape of a model, or of a skeleton.
 
     Raises:
+        BackboneError: The sizes of its config do not fit together.
         UnsupportedModelError: Streams cannot enter it.
     """
     place = ParScaleConfig()
-    with shapes_alone():
-        locate_attention(model, place)
+    try:
+        with shapes_alone():
+            locate_attention(model, place)
+    except RecycleError:
+        raise
+    except Exception as error:  # as in `load_skeleton`: it can be built, and its sizes do not fit
+        raise BackboneError(
+            f"The model's config has sizes that do not fit together, or fewer than two tokens: a "
+            f"pass of it fails with {one_line(error)}. Copy or fetch it again."
+        ) from None
     assert place.attention_shapes is not None
     assert place.hidden_size is not None
     config = model.config.get_text_config(decoder=True)
     decoder, tables = find_decoder(model), _tables(model)
     inside = {id(x) for x in decoder.parameters()}
     looked_up = {id(x.weight) for x in decoder.modules() if isinstance(x, nn.Embedding)}
-    sizes = dict.fromkeys(("attention", "mlp", "active_mlp", "vectors", "others"), 0.0)
+    sizes = dict.fromkeys(("attention", "mlp", "experts", "active_mlp", "vectors", "others"), 0.0)
     inner = 0
     top_k = next((k for x in TOP_K if isinstance(k := getattr(config, x, None), int)), 1)
     for name, x in model.named_parameters():
@@ -121,6 +134,7 @@ def model_shape(model: Any) -> Shape:
         else:
             share = min(top_k / x.shape[0], 1) if expert else 1
             sizes["mlp"] += x.numel()
+            sizes["experts"] += x.numel() * expert
             sizes["active_mlp"] += x.numel() * share
             inner = max(inner, max(x.shape[-2:]) * (round(share * x.shape[0]) if expert else 1))
     embedding, *rest = tables.values()

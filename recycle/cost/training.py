@@ -97,11 +97,16 @@ def memory(
     layers = shape.layers * kept
     if checkpointing:
         layers = shape.layers * shape.hidden * numbers.bytes + kept
-    matrices = (shape.attention + shape.mlp) * numbers.matrix_bytes
-    weights = matrices + (shape.parameters - shape.attention - shape.mlp) * numbers.bytes
+    matrices = shape.attention + shape.mlp - shape.experts  # that quantising takes
+    weights = matrices * numbers.matrix_bytes + (shape.parameters - matrices) * numbers.bytes
     texts = micro_batch_size * learner.block_size * learner.outputs
-    logits = 3 * 4 * min(texts * shape.vocabulary, LOGITS)
-    return (weights + 16 * learner.learned + positions * layers + logits) / 2**30
+    held = weights + 16 * learner.learned + positions * layers
+    return held / 2**30 + logits_gib(texts, shape.vocabulary)
+
+
+def logits_gib(positions: int, vocabulary: int) -> float:
+    """Memory of logits, what the softmax makes of them, and their gradient."""
+    return 3 * 4 * min(positions * vocabulary, LOGITS) / 2**30
 
 
 def _kept(shape: Shape, learner: Learner, numbers: Numbers) -> float:

@@ -1,8 +1,9 @@
 """Documents of any source that a finished run is measured on later, if it did not learn them.
 
-The rule is that of a run's own test: one block of each document, and none that shares over 30 % of
-its lines with training. Where there are fewer documents than are wanted, their second blocks
-follow, then their third: so one file of your own can be measured too.
+One block of each document is taken, and none of a document of which over 30 % was trained on,
+counted in windows of 12 tokens: rows of training are cut anywhere, so lines would be lost. Where
+there are fewer documents than are wanted, their second blocks follow, then their third: so one file
+of your own can be measured too.
 """
 
 from collections.abc import Iterator
@@ -17,7 +18,9 @@ from .encoding import Encoded, Encoder, learned
 from .evaluation import OVERLAP, Document
 from .mix import parts_of
 from .splits import Splits
-from .text import TRIVIAL_LINE, DataError
+from .text import DataError
+
+WINDOW = 12  # tokens: about a line
 
 
 @dataclass(frozen=True)
@@ -26,16 +29,16 @@ class HeldOut:
 
     blocks: list[Document]
     documents: int
-    left_out: int  # for sharing lines with training
+    left_out: int  # for sharing text with training
 
 
-def read_held_out(data: Data, tokenizer: PreTrainedTokenizerBase, trained: set[str]) -> HeldOut:
+def read_held_out(data: Data, tokenizer: PreTrainedTokenizerBase, trained: set[int]) -> HeldOut:
     """Read blocks to measure a loss on.
 
     Args:
         data: The source; `test_documents` is the number of blocks, of `block_size` tokens or fewer.
         tokenizer: The backbone's.
-        trained: The lines that were trained on; see `lines_of_training`.
+        trained: What was trained on; see `windows_of_training`.
 
     Raises:
         DataError: The source cannot be read, or nothing is left of it.
@@ -43,8 +46,8 @@ def read_held_out(data: Data, tokenizer: PreTrainedTokenizerBase, trained: set[s
     kept: list[Encoded] = []
     left_out = 0
     for document in _documents(data, Encoder(tokenizer)):
-        lines = document.text.lines()
-        if len(lines & trained) > OVERLAP * len(lines):
+        windows = _windows(document.ids)
+        if len(windows & trained) > OVERLAP * len(windows):
             left_out += 1
         else:
             kept.append(document)
@@ -55,20 +58,20 @@ def read_held_out(data: Data, tokenizer: PreTrainedTokenizerBase, trained: set[s
     if not in_turn:
         raise DataError(
             f"Nothing of {data.path or data.source} can be measured: {len(kept) + left_out} "
-            f"documents were read, and {left_out} of them share over {OVERLAP:.0%} of their lines "
-            "with the text that the run learned from. Name other text."
+            f"documents were read, and {left_out} of them are over {OVERLAP:.0%} text that the run "
+            "learned from. Name other text."
         )
     return HeldOut(in_turn[: data.test_documents], len(kept), left_out)
 
 
-def lines_of_training(splits: Splits, tokenizer: PreTrainedTokenizerBase) -> set[str]:
-    """The lines that say something of all rows that were trained on, and of the start texts."""
+def windows_of_training(splits: Splits) -> set[int]:
+    """Hashes of all windows of tokens in rows that were trained on, and in the start texts."""
     rows = chain(*(x["input_ids"] for x in splits.train), splits.starts.tolist())
-    found: set[str] = set()
-    for row in rows:
-        lines = (line.strip() for line in tokenizer.decode(row).splitlines())
-        found.update(line for line in lines if len(line) >= TRIVIAL_LINE)
-    return found
+    return {window for row in rows for window in _windows(row)}
+
+
+def _windows(ids: list[int]) -> set[int]:
+    return {hash(tuple(ids[i : i + WINDOW])) for i in range(len(ids) - WINDOW + 1)}
 
 
 def _documents(data: Data, encoder: Encoder) -> Iterator[Encoded]:

@@ -6,6 +6,7 @@ the values but the row stands in its settings.
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -65,6 +66,7 @@ class LossExam:
 
     name: str
     documents: Sequence[Document]
+    """Blocks, named DOCUMENT#NUMBER."""
     settings: dict[str, JsonValue]
     batch_size: int
 
@@ -81,8 +83,14 @@ class LossExam:
             losses = document_losses(
                 head, passes, self.documents, self.batch_size, lambda n: advance(n // per_token)
             )
-        tokens = tuple(x.predicted_tokens for x in self.documents)
-        return [Scores("loss", False, tuple(losses[ROW]), tokens)]
+        # Blocks of one document are no independent ones: its value is that of all its blocks.
+        nats, tokens = Counter[str](), Counter[str]()
+        for block, loss in zip(self.documents, losses[ROW], strict=True):
+            document = block.name.rpartition("#")[0]
+            nats[document] += loss * block.predicted_tokens  # type: ignore[assignment]
+            tokens[document] += block.predicted_tokens
+        means = tuple(nats[x] / tokens[x] for x in tokens)
+        return [Scores("loss", False, means, tuple(tokens.values()))]
 
 
 class AnswersExam:
@@ -151,6 +159,7 @@ class HumanEvalExam:
             "samples": samples,
             "new_tokens": min(NEW_TOKENS, window // 2),
             "stops": list(STOPS),
+            "batch_size": batch_size,
             "precision": precision,
             **(sampled if samples > 1 else {}),
         }

@@ -117,9 +117,9 @@ class HarnessExam:
         self.amount = len(task.instances)
         self.settings: dict[str, JsonValue] = {
             "documents": len({x.doc_id for x in task.instances}),
-            "requests": digest([x.args for x in task.instances]),
+            # The documents hold the answers too, the config the metrics and filters.
+            "task": digest([[(x.args, x.doc) for x in task.instances], _config(task)]),
             "few_shot": task.config.num_fewshot,
-            "version": str(task.VERSION),
             "lm_eval": lm_eval.__version__,
             "precision": precision,
         }
@@ -149,6 +149,12 @@ class HarnessExam:
                 ", so differences between rows have no standard error. Choose another task."
             )
         return scores
+
+
+def _config(task: Any) -> dict[str, Any]:
+    """What a task's file says but for where it lies."""
+    config: dict[str, Any] = task.config.to_dict()
+    return {key: x for key, x in config.items() if key not in ("dataset_kwargs", "metadata")}
 
 
 def _scores(
@@ -210,13 +216,18 @@ def find_tasks(names: Sequence[str], apart: Sequence[tuple[int, int]] = ()) -> l
             )
         try:
             with quiet():
-                found |= manager.load(wanted)["tasks"]
+                loaded = manager.load(wanted)["tasks"]
         except Exception as error:
             text = str(error).strip().partition("\n")[0]
             raise EvaluationError(
                 f"The task {name} cannot be loaded ({type(error).__name__}: {text}). The data of "
                 "most tasks come from the Hub; a task file of your own can name local files."
             ) from None
+        if twice := sorted(found.keys() & loaded):
+            raise EvaluationError(
+                f"{name}: a task called {twice[0]} was named before. Give one of them another name."
+            )
+        found |= loaded
     for name, task in found.items():
         if not isinstance(task, Task) or getattr(task, "UNSAFE_CODE", False):
             raise EvaluationError(

@@ -1,14 +1,19 @@
 """Programs that a model wrote, run where they can do little harm.
 
-Each runs in a process of its own (`cage.py`) with no network, no sight of other processes, and no
-environment variables; all files are read-only but for an empty folder in memory, which is gone
-afterwards. Memory, processor time, processes and open files are limited, and after a few seconds
-everything that it started is killed.
+Each runs in a process of its own (`cage.py`), without rights, in namespaces of its own: no network,
+no sight of other processes, no environment variables. Of files it sees the standard library and the
+system's libraries, read-only, and an empty /tmp of 16 MiB in memory; no home, no devices, no /proc,
+no sockets. It can make no namespaces, shared memory or message queues. After `seconds` on the
+clock, or when whoever started it ends, all that it started is killed.
 
-What that does not keep from: the program reads what its user may read (as root it is run as
-`nobody`), though it can tell nobody; it makes system calls as any program does, so that a flaw of
-the kernel is open to it; and it could claim to have passed its tests, if it knew of this harness.
-For programs that somebody means to do harm with, use a virtual machine.
+Limits: 4 processes or threads, each with 512 MiB of address space, 64 open files and `seconds` + 1
+of processor time. So one program holds at most about 2 GiB (and what the kernel keeps for it, as
+full pipes), and as many programs run at once as there are cores.
+
+What that does not keep from: it makes most system calls as any program does, so that a flaw of the
+kernel is open to it; it reads whatever lies in the folders of libraries; and it could claim to have
+passed its tests, if it knew of this harness. For programs that somebody means to do harm with, use
+a virtual machine.
 """
 
 import os
@@ -40,7 +45,7 @@ def run_program(program: str, seconds: float = SECONDS) -> str:
         seconds: After which it is killed.
 
     Returns:
-        "passed" where it came to its end, "timed out", or what it raised.
+        "passed" where it came to its end, "timed out", "ended early", or "raised " and what.
 
     Raises:
         SandboxError: This machine refuses a part of what keeps it apart.
@@ -67,9 +72,10 @@ def run_program(program: str, seconds: float = SECONDS) -> str:
             if isinstance(error, subprocess.TimeoutExpired):
                 return "timed out"
             raise
-    if process.returncode != 0:
+    ready, _, verdict = output.decode(errors="replace").partition("\n")
+    if ready != "ready":
         raise _refused(errors.decode(errors="replace").strip().rpartition("\n")[2])
-    return output.decode(errors="replace").strip()
+    return verdict.strip() or "ended early"
 
 
 def run_programs(
@@ -87,6 +93,6 @@ def run_programs(
 def _refused(why: str) -> SandboxError:
     return SandboxError(
         f"Generated code cannot be kept apart on this machine: {why}. It takes Linux 5.12 or later "
-        "with user namespaces; in a container these are often switched off (Docker: --security-opt "
-        "seccomp=unconfined, or run outside). No code was run."
+        "on x86_64 or aarch64 with user namespaces; in a container these are often switched off "
+        "(Docker: --security-opt seccomp=unconfined, or run outside). No code was run."
     )

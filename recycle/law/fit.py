@@ -42,10 +42,10 @@ def fit(points: Sequence[Point]) -> Law:
     """The law of least Huber loss on log L.
 
     Args:
-        points: Trained models, at least as many as the law has parameters.
+        points: Trained models, of at least as many sites (N, P) as the law has parameters.
 
     Raises:
-        LawError: There are fewer, all have one P, or a number is impossible.
+        LawError: There are fewer, all have one P or one loss, or a number is impossible.
     """
     check(points)
     return _law(_fit(points, np.ones(len(points)), GRID), points)
@@ -56,7 +56,7 @@ def bootstrap(
 ) -> tuple[Law, ...]:
     """The laws of resampled points, each found from that of all points.
 
-    A draw in which fewer points are distinct than the law has parameters, or all have one P, says
+    A draw with fewer sites (N, P) than the law has parameters, or with one P or one loss, says
     nothing of it and is drawn again.
 
     Args:
@@ -77,7 +77,8 @@ def bootstrap(
     while len(laws) < draws:
         counts = np.bincount(rng.integers(len(points), size=len(points)), minlength=len(points))
         drawn = [point for point, count in zip(points, counts, strict=True) if count]
-        if len(drawn) >= len(PARAMETERS) and len({point.p for point in drawn}) > 1:
+        varied = all(len({getattr(x, name) for x in drawn}) > 1 for name in ("p", "loss"))
+        if varied and _sites(drawn) >= len(PARAMETERS):
             laws.append(_law(_fit(drawn, counts[counts > 0].astype(float), starts), points))
     return tuple(laws)
 
@@ -91,22 +92,33 @@ def interval(values: Iterable[float], level: float = 0.95) -> tuple[float, float
 def check(points: Sequence[Point]) -> None:
     """Raise `LawError` where the law cannot be fitted to these points."""
     for x in points:
-        if not (0 < x.loss < math.inf and 0 < x.parameters < math.inf and x.p >= 1):
+        if not (0 < x.loss < 1e6 and 1 <= x.parameters <= 1e18 and x.p in range(1, 1025)):
             raise LawError(
-                f"The law takes finite losses above 0, N above 0 and P from 1 on, got {x}. Leave "
-                "out that run, or measure it again with `recycle eval`."
+                "The law takes losses above 0 and below 1e6, N from 1 to 1e18 and whole P from 1 "
+                f"to 1,024, got {x}. Leave out that run, or measure it again with `recycle eval`."
             )
-    if (distinct := len(set(points))) < len(PARAMETERS):
+    if (sites := _sites(points)) < len(PARAMETERS):
         raise LawError(
             f"The law has {len(PARAMETERS)} parameters ({', '.join(PARAMETERS)}) and takes at "
-            f"least as many points, got {distinct}: it would forecast anything. Add runs with "
-            "more P (streams=2,4,8), or of a second backbone on the same data."
+            f"least as many pairs of N and P, got {sites}: it would forecast anything. Add runs "
+            "with more P (streams=2,4,8), or of a second backbone on the same data; seeds add none."
         )
     if len({x.p for x in points}) == 1:
         raise LawError(
             f"All {len(points)} points have P = {points[0].p}, which leaves k open. Add runs of "
             "another P, such as streams=2,4,8."
         )
+    if len({x.loss for x in points}) == 1:
+        raise LawError(
+            f"All {len(points)} points have a loss of {points[0].loss:g}, which leaves nothing to "
+            "fit. Give the measured losses, with all their digits."
+        )
+
+
+def at_bounds(law: Law) -> list[str]:
+    """Names of the parameters that the search left at the end of their range."""
+    ranges = {"E": (1e-4, math.inf), "alpha": (1e-4, 7.9), "k": (1e-4, 9e3)}
+    return [x for x, (low, high) in ranges.items() if not low < getattr(law, x) < high]
 
 
 def huber(
@@ -135,6 +147,10 @@ def huber(
         -alpha * (by_alpha @ (log_p / scale)),
     )
     return float(value), np.array(gradient)
+
+
+def _sites(points: Iterable[Point]) -> int:
+    return len({(x.parameters, x.p) for x in points})
 
 
 def _fit(points: Sequence[Point], weights: Array, starts: Iterable[Sequence[float]]) -> Array:

@@ -122,13 +122,16 @@ def _listed(path: Path) -> list[Point] | None:
         content = json.loads(path.read_bytes())
     except ValueError:
         return None  # `results.read` says what is wrong
+    except RecursionError:
+        raise PointsError(f"{path} is nested too deeply for results or points.") from None
     if not isinstance(content, list):
         return None
     for row in content:
         numbers = isinstance(row, dict) and set(row) == FIELDS
-        if not numbers or not all(type(x) in (int, float) for x in row.values()):
+        numbers = numbers and all(type(x) in (int, float) for x in row.values())
+        if not numbers or type(row["p"]) is not int:
             raise PointsError(
                 f'{path} must be a list of {{"p": 2, "parameters": 538195842, "loss": 1.15}}, '
-                f"N outside the embeddings and nats per token; got {row!r}."
+                f"a whole P, N outside the embeddings and nats per token; got {row!r}."
             )
     return [Point(row["parameters"], row["p"], row["loss"]) for row in content]

@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from .fit import PARAMETERS, interval
+from .fit import PARAMETERS, at_bounds, interval
 from .law import Law, Point
 
 WARNING = (
@@ -34,6 +35,10 @@ def summarise(
     def found(of: Any) -> list[float] | None:
         return list(interval(map(of, draws))) if draws else None
 
+    ends = [
+        f"{name} = {getattr(law, name):.3g} is an end of its range: the points do not fix it."
+        for name in at_bounds(law)
+    ]
     sizes = [x.parameters for x in points]
     return {
         **{name: getattr(law, name) for name in (*PARAMETERS, "r2")},
@@ -45,18 +50,14 @@ def summarise(
             for n, p in forecasts
         ],
         # Streams add some percent to N.
-        "notes": [WARNING, *([ONE_SIZE] if max(sizes) < 1.5 * min(sizes) else [])],
+        "notes": [WARNING, *([ONE_SIZE] if max(sizes) < 1.5 * min(sizes) else []), *ends],
     }
 
 
 def tabulate(summary: dict[str, Any]) -> Table:
     """The same for a terminal."""
-    title = f"L = E + (A / (N (k ln P + 1)))^alpha, {summary['points']} points, "
-    table = Table(
-        title=f"{title}R² {summary['r2']:.4f}", title_justify="left", caption_justify="left"
-    )
-    table.caption = "\n".join(summary["notes"])
-    table.add_column("")
+    table = Table(box=SIMPLE_HEAD, show_edge=False, padding=0)
+    table.add_column(f"{summary['points']} points, R² {summary['r2']:.4f}")
     for heading in ("value", "95 % interval"):
         table.add_column(heading, justify="right")
     for name in PARAMETERS:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from recycle import results
-from recycle.disk import expand, read_json_object
+from recycle.disk import expand, file_sha256, read_json_object
 from recycle.errors import RecycleError
 from recycle.family.record import ADAPTED, CONFIG, CONTROL, FAMILY_FILE, Family
 from recycle.report import render_card, write_report
@@ -21,10 +21,17 @@ from recycle.results import Results
 
 RESULTS = "results.json"
 BACKBONE = "backbone"
-OF_TOKENIZER = ("token*.json", "vocab*.json", "special_tokens*.json", "added_tokens*.json")
-TEMPLATE, TOKENIZER_CONFIG = "chat_template.jinja", "tokenizer_config.json"
-PATTERNS = (*OF_TOKENIZER, "*config.json", "*.safetensors", "*.safetensors.index.json")
-VOCABULARY = ("tokenizer.json", "vocab.json")  # any text can be a token
+TEMPLATE, TOKENIZER = "chat_template.jinja", "tokenizer.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
+# What a folder of a family, or of a whole model, is known to hold.
+KNOWN = re.compile(
+    r"tokenizer(_config)?\.json|(special_tokens_map|added_tokens)\.json"
+    r"|adapter_(config\.json|model\.safetensors)|(generation_)?config\.json"
+    r"|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json"
+)
+PUBLIC = ("hub", "stdlib", "tasks")  # sources whose text is no secret
+SYSTEM = "bin|boot|dev|etc|lib|lib64|proc|sbin|sys|usr"  # folders that are on every machine
+SECRET = re.compile(r"\bhf_[A-Za-z0-9]{16,}")
 
 Content = bytes | Path
 
@@ -51,27 +58,54 @@ def contents(run: Path, name: str) -> dict[str, Content]:
             f"{run} is no finished run, it lacks {RESULTS} or {FAMILY_FILE}. Finish it with "
             "`recycle run`."
         )
-    family, record = Family.read(run), hide_folders(results.read(run / RESULTS))
+    family, record = Family.read(run), without_text(hide_folders(results.read(run / RESULTS)))
     folders = [f"p{p}" for p in family.p_values] + [CONTROL] * family.control
     folders += [x for x in (ADAPTED, BACKBONE) if (run / x).is_dir()]
     found: dict[str, Content] = {FAMILY_FILE: run / FAMILY_FILE}
     for place in (run, *(run / folder for folder in folders)):
-        for path in sorted(x for pattern in PATTERNS for x in place.glob(pattern)):
+        for path in sorted(x for x in place.iterdir() if KNOWN.fullmatch(x.name) and x.is_file()):
             found[path.relative_to(run).as_posix()] = path
-    if missing := [x for x in family.sha256 if x not in found]:
-        raise PublicationError(f"{run} lacks {missing[0]}. Copy the whole run folder again.")
-    for file, content in found.items():
-        if isinstance(content, Path) and not content.resolve().is_relative_to(run.resolve()):
+            _inside(path, run)
+    for file in (TOKENIZER, *family.sha256):
+        whole = file in found and family.sha256.get(file) in (None, file_sha256(run / file))
+        if not whole:
             raise PublicationError(
-                f"{run / file} is a link out of the run's folder. Copy the file."
+                f"{run / file} is missing or was changed. Copy the whole run folder again."
             )
+    for file in list(found):
         if file.endswith(CONFIG):
             found[file] = _without_place(run / file, record)
         if Path(file).name == TOKENIZER_CONFIG:
-            found[file] = _with_template(run / file)
+            found[file] = _with_template(run / file, run)
     found |= _made_anew(record, name)
     _refuse_places(found, run)
     return found
+
+
+def without_text(record: Results) -> Results:
+    """The record without prompts, and without names of documents, of text that is not public."""
+    if record.data.source in PUBLIC:
+        return record
+    documents = [
+        x.model_copy(update={"name": f"document {number}", "group": ""})
+        for number, x in enumerate(record.documents, start=1)
+    ]
+    parts = {"data": record.data, "adapt_data": record.adapt_data}
+    return record.model_copy(
+        update={"samples": (), "documents": tuple(documents)}
+        | {
+            name: part.model_copy(
+                update={"facts": {k: x for k, x in part.facts.items() if k != "start_texts"}}
+            )
+            for name, part in parts.items()
+            if part is not None
+        }
+    )
+
+
+def _inside(path: Path, run: Path) -> None:
+    if not path.resolve().is_relative_to(run.resolve()):
+        raise PublicationError(f"{path} is a link out of the run's folder. Copy the file.")
 
 
 def _without_place(path: Path, record: Results) -> bytes:
@@ -85,11 +119,12 @@ def _without_place(path: Path, record: Results) -> bytes:
     return f"{json.dumps(config, indent=2)}\n".encode()
 
 
-def _with_template(path: Path) -> bytes:
+def _with_template(path: Path, run: Path) -> bytes:
     """A tokenizer's config with the chat template, which transformers reads from there as well."""
     config, template = read_json_object(path, PublicationError), path.parent / TEMPLATE
     if template.is_file():
-        config["chat_template"] = template.read_text()
+        _inside(template, run)
+        config["chat_template"] = template.read_text("utf-8", errors="replace")
     return f"{json.dumps(config, indent=2, ensure_ascii=False)}\n".encode()
 
 
@@ -103,20 +138,24 @@ def _made_anew(record: Results, name: str) -> dict[str, Content]:
 
 
 def _refuse_places(found: Mapping[str, Content], run: Path) -> None:
-    """Refuse a text, or a header of weights, that names a folder of this machine."""
+    """Refuse a text, or a header of weights, that names a folder of this machine or a token."""
     places = {str(x) for x in (Path.home(), Path.cwd(), run.absolute(), run.resolve())} - {"/"}
     named = re.compile(rf"(?<![\w.-])(?:{'|'.join(map(re.escape, sorted(places)))})(?![\w-])")
-    temporary = re.compile(rf"{re.escape(tempfile.gettempdir())}/[\w.-]+")
+    elsewhere = re.compile(rf"(?<![\w.-])/+(?!(?:{SYSTEM})/)[\w.-]+(?:/[\w.-]+)+")
     for file, text in _texts(found):
-        # A reply of a model may name /tmp/x; what counts is a folder that is there.
-        there = [x[0] for x in temporary.finditer(text) if Path(x[0]).exists()]
-        if place := named.search(text):
-            there.append(place[0])
+        # A reply of a model may name /tmp/x; what counts is a place that is there.
+        there = [x[0] for x in elsewhere.finditer(text) if _is_here(Path(x[0]))]
+        there += [x[0] for x in (named.search(text), SECRET.search(text)) if x]
         if there:
             raise PublicationError(
-                f"{file} names {there[0]}, a folder of this machine, and nothing was uploaded. "
+                f"{file} names {there[0]}, of this machine or a secret, and nothing was uploaded. "
                 "Take that out of the run folder's file, or run the recipe with a relative path."
             )
+
+
+def _is_here(path: Path) -> bool:
+    """Whether a path, or a folder on the way that is below one of the root's, is on this disk."""
+    return any(x.exists() for x in (path, *path.parents) if len(x.parts) > 2)
 
 
 def _texts(found: Mapping[str, Content]) -> Iterator[tuple[str, str]]:
@@ -127,6 +166,8 @@ def _texts(found: Mapping[str, Content]) -> Iterator[tuple[str, str]]:
         elif content.suffix == ".safetensors":
             with content.open("rb") as weights:
                 size = int.from_bytes(weights.read(8), "little")
+                if size > content.stat().st_size:
+                    raise PublicationError(f"{content} is damaged. Copy it again.")
                 yield file, weights.read(size).decode(errors="replace")
-        elif content.name not in VOCABULARY:
-            yield file, content.read_text(errors="replace")
+        elif content.name != TOKENIZER:  # any text can be a token
+            yield file, content.read_text("utf-8", errors="replace")

@@ -8,6 +8,8 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
 from huggingface_hub.utils import validate_repo_id
 from rich.console import Console
 
+from recycle.family.record import FAMILY_FILE
+
 from .contents import PublicationError, contents
 
 # Of a family: what an earlier push left there, and this run lacks, would be loaded with it.
@@ -17,8 +19,7 @@ OWN = re.compile(r"(p\d+|control|adapted|backbone)/.+")
 def push(run: Path, name: str, private: bool, console: Console) -> str:
     """Upload a finished run.
 
-    A repository that exists gets a new commit, in which files of other P are deleted; whether it is
-    private then stays as it was.
+    A repository that holds a family gets a new commit, in which files of other P are deleted.
 
     Args:
         run: Its folder.
@@ -42,6 +43,16 @@ def push(run: Path, name: str, private: bool, console: Console) -> str:
         if not exists:
             api.create_repo(name, private=private)
         there = api.list_repo_files(name) if exists else []
+        if FAMILY_FILE not in there and not {".gitattributes", "README.md"}.issuperset(there):
+            raise PublicationError(
+                f"{name} holds no family (it has no {FAMILY_FILE}), but other files. Name another "
+                "repository."
+            )
+        if exists and private and not api.repo_info(name).private:
+            raise PublicationError(
+                f"{name} exists and is public. Make it private on the Hub first, or leave out "
+                "--private."
+            )
         size = sum(len(x) if isinstance(x, bytes) else x.stat().st_size for x in files.values())
         what = "exists and gets a new commit" if exists else "is new"
         console.print(f"{name} {what}: {len(files)} files, {size / 1e6:,.1f} MB, as {owner}")

@@ -7,6 +7,7 @@ from recycle.results import (
     BACKBONE,
     CONTROL,
     LORA,
+    Difference,
     ModelResult,
     Results,
     format_difference,
@@ -26,17 +27,18 @@ def memory_gib(results: Results) -> dict[str, float]:
     """GiB of weights and of the cache of `CONTEXT` tokens for each row, by its name.
 
     Weights that were trained are merged into the backbone and cost nothing more; beside a quantised
-    backbone they stay on their own. Empty where the size of a quantised weight is not known.
+    backbone they stay on their own. Empty where it is not known what quantised weights take.
     """
     backbone = results.backbone
     width, stored = BYTES.get(backbone.dtype), BYTES.get(backbone.quantization or backbone.dtype)
-    if width is None or stored is None:
-        return {}
     # Embeddings are not quantised.
+    quantised = backbone.quantization is not None
+    if width is None or stored is None or (quantised and not backbone.non_embedding_parameters):
+        return {}
     inner = backbone.non_embedding_parameters or backbone.parameters
     weights = inner * stored + (backbone.parameters - inner) * width
     rows = {row.name: row for row in results.models}
-    beside = rows[ADAPTED].adapter_parameters if backbone.quantization and ADAPTED in rows else 0
+    beside = rows[ADAPTED].adapter_parameters if quantised and ADAPTED in rows else 0
     found = {}
     for row in results.models:
         own = 0 if _bare(row) else row.adapter_parameters
@@ -69,36 +71,40 @@ def seconds_per_token(results: Results) -> dict[str, float]:
 def recommend(results: Results) -> tuple[ModelResult | None, str]:
     """The row to deploy and why, in Markdown; None where no loss is finite.
 
-    From the cheapest row upwards, a row is worth its price where it is better, by two paired
-    standard errors, than the one recommended so far.
+    It is the cheapest of the rows than which none is better by two paired standard errors.
     """
     rows = sorted(results.models, key=lambda x: (x.num_streams, x.name == CONTROL))
     rows = [row for row in rows if math.isfinite(row.loss)]
     if not rows:
         return None, "No row has a finite loss, so there is none to recommend."
-    chosen, before = rows[0], None
-    for row in rows[1:]:
-        difference = paired_difference(row.losses, chosen.losses, results.tokens)
-        if difference.mean < 0 and difference.distinguishable:
-            chosen, before = row, chosen
+    tokens = results.tokens
+
+    def minus(row: ModelResult, other: ModelResult) -> Difference:
+        return paired_difference(row.losses, other.losses, tokens)
+
+    def beaten(row: ModelResult) -> bool:
+        differences = (minus(other, row) for other in rows if other is not row)
+        return any(x.mean < 0 and x.distinguishable for x in differences)
+
+    chosen = next(row for row in rows if not beaten(row))
+    place = rows.index(chosen)
     text = f"**Deploy {_named(chosen)}.**"
     if chosen.num_streams == 1:
         text = f"**Deploy {_named(chosen)}: no P above 1 is worth its price here.**"
-    if before is None:
-        text += " Nothing that was trained is clearly better."
-    else:
-        difference = paired_difference(chosen.losses, before.losses, results.tokens)
+    text += " It is the cheapest row than which none is clearly better."
+    if place:
+        best = min(rows[:place], key=lambda x: x.loss)
         text += (
-            f" Its held-out loss, {chosen.loss:.4f}, is {format_difference(difference)[1:]} below "
-            f"that of {_named(before)}, the best of what costs less or the same"
+            f" Its held-out loss is {chosen.loss:.4f}; to {_named(best)}, the best of what costs "
+            f"less or the same, that is {format_difference(minus(chosen, best))}"
         )
         text += _price(results, chosen)
-    for row in rows[rows.index(chosen) + 1 :]:
+    for row in rows[place + 1 :]:
         if row.num_streams > 1:
-            difference = paired_difference(row.losses, chosen.losses, results.tokens)
+            difference = minus(row, chosen)
+            how = "clearly worse" if difference.distinguishable else "not clearly better"
             text += (
-                f" {escape(row.name)} costs more and is not clearly better "
-                f"({format_difference(difference)})."
+                f" {escape(row.name)} costs more and is {how} ({format_difference(difference)})."
             )
     count = len(results.documents)
     if count < HONEST_DOCUMENTS:
@@ -142,14 +148,13 @@ def render_deployment(results: Results) -> str:
     return join_blocks(
         "## Which P to deploy",
         why,
-        "From the cheapest row upwards (at P = 1 without and with trained weights, the control, "
-        "then rising P), a row is worth its price where it is better, by two paired standard "
-        "errors, than the one recommended so far.",
+        "Rows by price: P = 1 without and with trained weights, the control, then rising P. "
+        "Clearly better: by two paired standard errors.",
         format_table([tuple(columns), *zip(*columns.values(), strict=True)]),
         _memory_note(results)
         if memory
-        else "Memory is not given: the size of a weight in "
-        f"{escape(results.backbone.quantization or results.backbone.dtype)} is not known.",
+        else "Memory is not given: the record does not tell what weights in "
+        f"{escape(results.backbone.quantization or results.backbone.dtype)} take.",
         _time_note(results)
         if seconds
         else "Time is not given: neither measured (`evaluation.speed=true`) nor estimated.",

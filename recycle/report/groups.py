@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from recycle.results import (
 from .markdown import format_table, join_blocks
 from .publication import hide_folders
 
-FREE = ("name", "training.seed", "data.seed")
+FREE = re.compile(r"name|training\.seed|(.*\.)?data\.seed|evaluation\.samples")
 """What runs of one recipe may differ in, beside all that is outside a recipe's identity."""
 
 
@@ -157,8 +158,11 @@ def _as_json(value: Any) -> str:
 
 def _settings(run: Results) -> dict[str, Any]:
     flat = dict(_flatten(run.recipe))
-    outside = {*FREE, *(key for key in flat if key.partition(".")[0] in OUTSIDE_IDENTITY)}
-    kept = {key: value for key, value in flat.items() if key not in outside}
+    kept = {
+        key: value
+        for key, value in flat.items()
+        if key.partition(".")[0] not in OUTSIDE_IDENTITY and not FREE.fullmatch(key)
+    }
     return kept | {
         "backbone fingerprint": run.backbone.fingerprint,
         "measured in": precision(run.backbone),

@@ -23,8 +23,8 @@ def render_tasks(results: Results) -> str:
 
 def _render_task(task: TaskResult, order: dict[str, int]) -> tuple[str, ...]:
     """One task: each row beside the backbone, the control, weights alone and the next smaller P."""
-    rows = [name for name in order if name in task.scores]
-    streams = sorted((name for name in rows if order[name] > 1), key=order.__getitem__)
+    rows = [*(x for x in order if x in task.scores), *(x for x in task.scores if x not in order)]
+    streams = sorted((x for x in rows if order.get(x, 1) > 1), key=order.__getitem__)
     smaller = dict(zip(streams[1:], streams, strict=False))
     others = [name for name in (BACKBONE, CONTROL, LORA, WEIGHTS) if name in rows]
     headings = ["row", task.metric, *(f"− {other} ± se" for other in others)]

@@ -14,6 +14,8 @@ _PATH = re.compile(
 # A word of a command line; quoted spaces are part of it.
 _WORD = re.compile(r"""(?:'[^']*'|"[^"]*"|\S)+""")
 
+_PLACE = re.compile(r"""[^\s"'=,;]+/[^\s"'=,;]*""")
+
 
 def hide_folders(results: Results) -> Results:
     """The same results with the last part only of every local path; `results.json` keeps them.
@@ -26,10 +28,16 @@ def hide_folders(results: Results) -> Results:
     include = {"backbone", "data", "adapt_data", "recipe"}
     hidden = _hide(results.model_dump(include=include), local)
 
+    # What `recycle eval` was given with a slash is a place here, unless the record knows it.
+    known = {backbone.id} - local | {x.path for x in parts if x.source == "hub"}
+
     def publish(command: str) -> str:
         for path in sorted(local, key=len, reverse=True):
             command = command.replace(path, _last_part(path))
         return _WORD.sub(lambda word: _shorten(word[0]), command)
+
+    def publish_eval(command: str) -> str:
+        return _PLACE.sub(lambda x: x[0] if x[0] in known else _last_part(x[0]), publish(command))
 
     system = results.hardware.platform.partition("-")[0]
     return results.model_copy(
@@ -45,7 +53,7 @@ def hide_folders(results: Results) -> Results:
                 x.model_copy(
                     update={
                         "name": _hide(x.name, local),
-                        "command": publish(x.command),
+                        "command": publish_eval(x.command),
                         "settings": _hide(x.settings, local),
                     }
                 )

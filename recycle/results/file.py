@@ -31,7 +31,8 @@ def read(path: Path) -> Results:
         content = json.loads(path.read_bytes())
     except ValueError as error:  # no JSON, or no UTF-8
         raise ResultsError(
-            f"{path} is damaged or incomplete ({error}). Delete it and run the recipe again"
+            f"{path} is damaged or incomplete ({error}). Put a copy of it back, or run the recipe "
+            "again with --new"
         ) from None
     version = content.get("schema_version") if isinstance(content, dict) else None
     if version != SCHEMA_VERSION:

@@ -20,7 +20,7 @@ def tabulate(results: Results) -> list[tuple[str, ...]]:
 
     The column of speeds is there where prefill or decoding was measured.
     """
-    return text_columns(_columns(results, short=False))
+    return _rows(_columns(results, short=False))
 
 
 def rich_table(results: Results) -> "Table":
@@ -31,7 +31,7 @@ def rich_table(results: Results) -> "Table":
 
 def tabulate_again(results: Results) -> list[tuple[str, ...]]:
     """A later measurement beside the run's own: headings and rows; nothing for the run's own."""
-    return text_columns(_columns_again(results)) if results.first is not None else []
+    return _rows(_columns_again(results)) if results.first is not None else []
 
 
 def rich_first_table(results: Results) -> "Table":
@@ -105,7 +105,7 @@ def _columns_again(results: Results) -> Columns:
     }
 
 
-def text_columns(columns: Columns) -> list[tuple[str, ...]]:
+def _rows(columns: Columns) -> list[tuple[str, ...]]:
     headings = (heading.replace("\n/", "/").replace("\n", " ") for heading in columns)
     return [tuple(headings), *zip(*columns.values(), strict=True)]
 

@@ -5,6 +5,7 @@ from typing import Any
 
 from recycle.cost import PassCost, Work, total
 from recycle.cost.passes import pass_cost
+from recycle.cost.training import logits_gib
 from recycle.evaluate import OutputHead
 from recycle.progress import Silent, duration
 from recycle.train import TrainingPlan, add_lora, add_streams, steps_done
@@ -93,6 +94,7 @@ def announce(
         steps_of=steps_done,
     )
     seconds, gib = total([*trainings, backbone])
+    gib = max(gib, alone.gib + _comparing(plan, model))
     parts = [
         f"{x.name} on {x.learned:,} tokens"
         + (f" of {x.learned + x.done:,}, going on from a checkpoint" if x.done else "")
@@ -104,6 +106,14 @@ def announce(
         "comparison"
     )
     return seconds, gib
+
+
+def _comparing(plan: RunPlan, model: Any) -> float:
+    """GiB of logits in a pass over test documents, where each stream alone has a loss as well."""
+    first, stage = plan.streams[0], plan.stages[-1]
+    positions = plan.recipe.evaluation.batch_size * stage.data.block_size
+    outputs = len(first.p_values) + first.num_streams
+    return logits_gib(positions * outputs, model.get_input_embeddings().num_embeddings)
 
 
 def _cost(plan: RunPlan, model: Any, active: Any) -> PassCost:

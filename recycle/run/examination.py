@@ -4,7 +4,9 @@ A row that is measured under the same settings is not measured again, so a call 
 goes on where it was.
 """
 
+import shutil
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from recycle import data, report, results
 from recycle.backbone import load_backbone, load_tokenizer
-from recycle.data.held_out import lines_of_training, read_held_out
+from recycle.data.held_out import read_held_out, windows_of_training
 from recycle.evaluate import Pass, passes_of
 from recycle.evaluate.exams import AnswersExam, Exam, HumanEvalExam, LossExam, Scores, digest
 from recycle.evaluate.passes import narrowed, rows_of
@@ -28,7 +30,7 @@ from recycle.recipe import Data
 from recycle.results import Results, TaskResult
 
 from .asked import ANSWERS, HUMANEVAL, Asked
-from .folder import RESULTS, Found
+from .folder import CHECKPOINTS, RESULTS, Found, RunError, claimed
 from .plan import RunPlan, plan_run
 from .streams import own_foundation
 from .weights import foundation, load_compared
@@ -53,8 +55,14 @@ def examine(found: Found, asked: Asked, out: str | None, command: str, console: 
     """
     assert found.results is not None
     plan, path = plan_run(found), Path(out or found.folder / RESULTS)
-    with display(console) as progress:
+    with display(console) as progress, _held(found.folder if out is None else None):
         exams = list(_exams(plan, found, asked, progress))
+        names = [exam.name for exam in exams]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise RunError(
+                f"Two of what is asked for are called {twice[0]}. Measure them one by one, or give "
+                "one another name."
+            )
         if out is not None:
             results.write(found.results, path)
         done = [_rows_done(path, exam) for exam in exams]
@@ -76,6 +84,19 @@ def examine(found: Found, asked: Asked, out: str | None, command: str, console: 
     if out is None:
         report.write_report(record, found.folder)
     return record
+
+
+@contextmanager
+def _held(folder: Path | None) -> Iterator[None]:
+    """Hold a run's folder against another `recycle eval`, whose rows would be lost."""
+    if folder is None:
+        yield
+        return
+    with claimed(folder):
+        try:
+            yield
+        finally:
+            shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
 
 
 def _exams(plan: RunPlan, found: Found, asked: Asked, progress: Silent) -> Iterator[Exam]:
@@ -120,7 +141,7 @@ def _loss_exam(
     record = found.results
     assert record is not None
     progress.start("reading what the run learned from, to leave copies of it out")
-    trained, checked = set[str](), False
+    trained, checked = set[int](), False
     try:
         splits = data.prepare(
             plan.data,
@@ -133,7 +154,7 @@ def _loss_exam(
     except data.DataError as error:
         progress.say(f"What the run learned from cannot be read: {error}")
     if checked:
-        trained = lines_of_training(splits, tokenizer)
+        trained = windows_of_training(splits)
     else:
         progress.say(
             "Not checked: whether this text is in what the run learned from, which is not there as "

@@ -148,6 +148,13 @@ def find_finished(
         raise RunError(
             f"{folder} is no finished run: it has no {RESULTS}. Finish it with `recycle run`."
         )
+    try:
+        read_recipe(folder / RECIPE)
+    except RecipeError:
+        raise RunError(
+            f"{folder / RECIPE} was written by another version of recycle, or changed: it does not "
+            "fit this one. Measure the run with the version that made it, or run the recipe anew."
+        ) from None
     if out is not None and Path(out).exists():
         raise RunError(f"{out} exists already and is not overwritten. Name a new file.")
     if out is not None and not Path(out).parent.is_dir():

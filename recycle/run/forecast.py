@@ -73,7 +73,7 @@ def forecast(
     gpu, chosen = gpu_here(gpu_name)
     backbone = recipe.backbone
     if backbone.dtype == "auto":
-        backbone = backbone.model_copy(update={"dtype": gpu.dtype})
+        backbone = backbone.model_copy(update={"dtype": gpu.settled_dtype})
     recipe = recipe.model_copy(update={"backbone": backbone})
     skeleton, quantization = load_skeleton(backbone)
     shape, numbers = model_shape(skeleton), Numbers(backbone.dtype, quantization)
