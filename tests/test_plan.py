@@ -1,6 +1,5 @@
 """`recycle plan`: what inference and training take, told from the config alone."""
 
-import importlib.util
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -235,7 +234,6 @@ def test_the_micro_batch_that_fits(tmp_path: Path) -> None:
     assert largest_micro_batch(shape, numbers, find_gpu("b200"), learner, 12, True) == 4  # of 12
 
 
-@pytest.mark.skipif(not importlib.util.find_spec("trl"), reason="trains")
 def test_a_run_keeps_what_was_announced_and_is_as_planned(tmp_path: Path) -> None:
     model = save_tiny(tmp_path / "model", num_hidden_layers=4)
     budget: dict[str, Any] = {"stages.adapt.train": "lora", "stages.adapt.tokens": 256}

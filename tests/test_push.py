@@ -241,6 +241,16 @@ def test_files_that_are_no_part_of_a_family_stay(hub: UploadHub, tmp_path: Path)
     assert set(contents(run, "tiny/family")) == FILES
 
 
+def test_a_relative_path_is_cut_and_a_hub_id_is_not(hub: UploadHub, tmp_path: Path) -> None:
+    run = finished_run(tmp_path)
+    record = results.read(run / "results.json")
+    given = {"command": "recycle run tiny/model output.dir=clients/acme/x"}
+    results.write(record.model_copy(update=given), run / "results.json")
+    content = contents(run, "tiny/family")["results.json"]
+    assert isinstance(content, bytes)
+    assert json.loads(content)["command"] == "recycle run tiny/model output.dir=x"
+
+
 def test_text_of_ones_own_stays(hub: UploadHub, tmp_path: Path) -> None:
     run = finished_run(tmp_path)
     record = results.read(run / "results.json")

@@ -265,6 +265,11 @@ def test_model_card_loads_as_one_and_names_hub_ids() -> None:
     assert card.text.strip().startswith("# demo\n")
 
 
+def test_a_whole_model_is_a_finetune_of_its_backbone() -> None:
+    record = hub_results().model_copy(update={"recipe": {"stages": {"streams": {"train": "all"}}}})
+    assert ModelCard(render_card(record)).data.to_dict()["base_model_relation"] == "finetune"
+
+
 def test_model_card_names_no_id_that_the_hub_does_not_know() -> None:
     data = ModelCard(render_card(make_results())).data.to_dict()
     assert data["license"] == "apache-2.0"

@@ -363,7 +363,7 @@ def test_read_refuses_what_is_no_text_or_no_mapping(tmp_path: Path) -> None:
     with pytest.raises(ResultsError, match="is damaged or incomplete"):
         read(path)
     path.write_text("[1]")
-    with pytest.raises(ResultsError, match="schema_version None"):
+    with pytest.raises(ResultsError, match="is no record of a run"):
         read(path)
 
 

@@ -6,7 +6,7 @@ the values but the row stands in its settings.
 
 import hashlib
 import json
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -84,10 +84,10 @@ class LossExam:
                 head, passes, self.documents, self.batch_size, lambda n: advance(n // per_token)
             )
         # Blocks of one document are no independent ones: its value is that of all its blocks.
-        nats, tokens = Counter[str](), Counter[str]()
+        nats, tokens = defaultdict[str, float](float), defaultdict[str, int](int)
         for block, loss in zip(self.documents, losses[ROW], strict=True):
             document = block.name.rpartition("#")[0]
-            nats[document] += loss * block.predicted_tokens  # type: ignore[assignment]
+            nats[document] += loss * block.predicted_tokens
             tokens[document] += block.predicted_tokens
         means = tuple(nats[x] / tokens[x] for x in tokens)
         return [Scores("loss", False, means, tuple(tokens.values()))]

@@ -16,7 +16,7 @@ from recycle.disk import expand, file_sha256, read_json_object
 from recycle.errors import RecycleError
 from recycle.family.record import ADAPTED, CONFIG, CONTROL, FAMILY_FILE, Family
 from recycle.report import render_card, write_report
-from recycle.report.publication import hide_folders
+from recycle.report.publication import cut_places, hide_folders
 from recycle.results import Results
 
 RESULTS = "results.json"
@@ -59,6 +59,7 @@ def contents(run: Path, name: str) -> dict[str, Content]:
             "`recycle run`."
         )
     family, record = Family.read(run), without_text(hide_folders(results.read(run / RESULTS)))
+    record = record.model_copy(update={"command": cut_places(record.command, record)})
     folders = [f"p{p}" for p in family.p_values] + [CONTROL] * family.control
     folders += [x for x in (ADAPTED, BACKBONE) if (run / x).is_dir()]
     found: dict[str, Content] = {FAMILY_FILE: run / FAMILY_FILE}

@@ -154,10 +154,11 @@ def _metadata(results: Results) -> str:
     """The card's metadata in YAML; Hub ids only where the Hub knows them."""
     backbone, data = results.backbone, results.data
     on_hub = backbone.source == "hub"
+    relation = "finetune" if _foundation(results) in ("full", "all") else "adapter"
     licence, licence_name = _licence(backbone.license)
     card = ModelCardData(
         base_model=backbone.id if on_hub else None,
-        base_model_relation="adapter" if on_hub else None,
+        base_model_relation=relation if on_hub else None,
         license=licence,
         license_name=licence_name,
         library_name="peft",

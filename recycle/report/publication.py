@@ -28,16 +28,10 @@ def hide_folders(results: Results) -> Results:
     include = {"backbone", "data", "adapt_data", "recipe"}
     hidden = _hide(results.model_dump(include=include), local)
 
-    # What `recycle eval` was given with a slash is a place here, unless the record knows it.
-    known = {backbone.id} - local | {x.path for x in parts if x.source == "hub"}
-
     def publish(command: str) -> str:
         for path in sorted(local, key=len, reverse=True):
             command = command.replace(path, _last_part(path))
         return _WORD.sub(lambda word: _shorten(word[0]), command)
-
-    def publish_eval(command: str) -> str:
-        return _PLACE.sub(lambda x: x[0] if x[0] in known else _last_part(x[0]), publish(command))
 
     system = results.hardware.platform.partition("-")[0]
     return results.model_copy(
@@ -53,7 +47,7 @@ def hide_folders(results: Results) -> Results:
                 x.model_copy(
                     update={
                         "name": _hide(x.name, local),
-                        "command": publish_eval(x.command),
+                        "command": cut_places(publish(x.command), results),
                         "settings": _hide(x.settings, local),
                     }
                 )
@@ -61,6 +55,15 @@ def hide_folders(results: Results) -> Results:
             ),
         }
     )
+
+
+def cut_places(command: str, results: Results) -> str:
+    """A command with the last part only of all that has a slash, but the Hub ids of the record."""
+    parts = [results.data, results.adapt_data or results.data]
+    known = {x.path for x in parts if x.source == "hub"}
+    if results.backbone.source != "folder":
+        known.add(results.backbone.id)
+    return _PLACE.sub(lambda x: x[0] if x[0] in known else _last_part(x[0]), command)
 
 
 def _hide(value: Any, local: set[str]) -> Any:

@@ -34,7 +34,9 @@ def read(path: Path) -> Results:
             f"{path} is damaged or incomplete ({error}). Put a copy of it back, or run the recipe "
             "again with --new"
         ) from None
-    version = content.get("schema_version") if isinstance(content, dict) else None
+    if not isinstance(content, dict) or "schema_version" not in content:
+        raise ResultsError(f"{path} is no record of a run. Name a run folder or its results.json")
+    version = content["schema_version"]
     if version != SCHEMA_VERSION:
         raise ResultsError(
             f"{path} has schema_version {version!r}, and this version of recycle reads "

@@ -69,8 +69,8 @@ def check_asked(
     if HUMANEVAL in names and not allow_code:
         raise RunError(
             "The task humaneval runs programs that the models write. Each runs without network, "
-            "environment variables and the right to write files, under limits of memory, time and "
-            "processes, and is killed after 5 s. It can still read what its user can read, and a "
+            "devices, your files and environment variables, under limits of memory, time and "
+            "processes, and is killed after 5 s. It can still read the folders of libraries, and a "
             "flaw of the kernel would be open to it. If that will do, add --allow-code-execution."
         )
     for name in names:
