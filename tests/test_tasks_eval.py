@@ -346,7 +346,7 @@ def test_refused(recycle: Recycle, home: Path, finished: Path) -> None:  # noqa:
     assert_refused(recycle("eval", RUN, "--tasks", ","), "names separated by commas")
     assert_refused(recycle("eval", RUN, "--tasks", "./no.yaml"), "no such file or folder")
     unasked = recycle("eval", RUN, "--tasks", "humaneval")
-    assert_refused(unasked, "It can still read what its user can read", "--allow-code-execution")
+    assert_refused(unasked, "It can still read the folders of libraries", "--allow-code-execution")
     assert_refused(recycle("eval", RUN, "--samples", "5"), "--samples is of the task humaneval")
     assert_refused(recycle("eval", RUN, "data=files", "data.path=./nothing"), "no such file")
     own = recycle("eval", RUN, "data.seed=1")
