@@ -10,7 +10,7 @@ from typing import Any
 from .errors import RecycleError
 
 # What torch says when it cannot write a file.
-TORCH_WRITER = "PytorchStreamWriter|iostream error|unexpected pos"
+TORCH_WRITER = "PytorchStreamWriter|iostream error|unexpected pos|Parent directory"
 
 
 def write_atomically(path: Path, content: bytes) -> None:

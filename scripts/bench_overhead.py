@@ -7,7 +7,9 @@ tokens. It has no prefix, no aggregator and no hooks, and shares its weights wit
 
 A training step is forward and backward with the cross entropy of one head P; prefill is one forward
 pass that fills a cache and gives the last token's logits; a decode step is one more token on it.
-Both sides take turns in one process. A ratio is the median over these pairs, after a check that
+Nested training has all P in one pass: its forward and backward, its whole step with everything that
+a run does in it, and the former against the sum of three separate passes, one for each P.
+All sides take turns in one process. A ratio is the median over these pairs, after a check that
 streams decode what the bare backbone computes with the same prefixes in its cache.
 
 python scripts/bench_overhead.py [--model FOLDER_OR_ID] [--out FILE.json]
@@ -19,7 +21,6 @@ import json
 import shlex
 import statistics
 import sys
-import time
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -36,12 +37,22 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from recycle import results
 from recycle.backbone import load_backbone
+from recycle.evaluate import OutputHead
 from recycle.family.switch import use_p
 from recycle.parscale import ParScaleConfig
 from recycle.parscale.prefix import StreamPrefix
 from recycle.recipe import Backbone
+from scripts.training_steps import (
+    bare_step,
+    forward_and_backward,
+    hardware,
+    seconds,
+    turns,
+    whole_steps,
+)
 
-AIMS = {"training": 1.10, "prefill": 1.06, "decode": 1.10}
+AIMS = {"training": 1.07, "prefill": 1.06, "decode": 1.10}
+NESTED_AIMS = {"nested": 1.07, "whole step": 1.10, "/ separate": 0.65}
 DECODE_STEPS = 8  # in each repeat
 CHECK_TOKENS = 20
 
@@ -78,6 +89,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=1, help="sequences, B")
     parser.add_argument("--repeats", type=int, default=5, help="after one warm-up")
     parser.add_argument("--virtual-tokens", type=int, default=48, help="prefix tokens of a stream")
+    parser.add_argument("--compile", action="store_true", help="layers, in the whole step")
     parser.add_argument("--out", type=Path, help="write the numbers there as JSON")
     return parser.parse_args()
 
@@ -109,6 +121,7 @@ def main() -> None:
     for p in streams:
         check(ours, bare, p, tokens[:, :CHECK_TOKENS])
     rows = measure(ours, bare, streams, tokens, options.repeats)
+    rows += measure_nested(ours, bare, streams, tokens, options.repeats, options.compile)
 
     print(
         f"{options.model}, {options.dtype} on {hardware(options.device)}, "
@@ -123,8 +136,10 @@ def main() -> None:
             "hardware": hardware(options.device),
             "packages": results.packages(),
             "rows": [
-                {"p": p} | {row.step: row.ratio for row in rows if row.p == p} for p in streams
+                {"p": p} | {x.step: x.ratio for x in rows if x.p == p and x.step in AIMS}
+                for p in streams
             ],
+            "nested": {x.step: x.ratio for x in rows if x.step in NESTED_AIMS},
             "steps": [asdict(row) for row in rows],
         }
         options.out.write_text(json.dumps(record, indent=2) + "\n")
@@ -177,25 +192,48 @@ def measure(
             found = time_pairs(ours, bare, p, tokens, bare_first=repeat % 2 == 0)
             for step, times in found.items() if repeat >= 0 else ():
                 pairs[step, p] += times
-    rows = []
-    for step, aim in AIMS.items():
-        for p in streams:
-            times = pairs[step, p]
-            ratios = [mine / theirs for mine, theirs in times]
-            rows.append(
-                Row(
-                    step=step,
-                    p=p,
-                    bare_ms=1000 * statistics.median(theirs for _, theirs in times),
-                    ours_ms=1000 * statistics.median(mine for mine, _ in times),
-                    ratio=statistics.median(ratios),
-                    lowest=min(ratios),
-                    highest=max(ratios),
-                    pairs=len(ratios),
-                    aim=aim,
-                )
-            )
-    return rows
+    return [summary(step, p, pairs[step, p], aim) for step, aim in AIMS.items() for p in streams]
+
+
+def measure_nested(
+    ours: PeftModelForCausalLM,
+    bare: PreTrainedModel,
+    streams: list[int],
+    tokens: Tensor,
+    repeats: int,
+    compiled: bool,
+) -> list[Row]:
+    """Time training with all P in one pass; the whole step perhaps with compiled layers."""
+    print("nested ...", file=sys.stderr, flush=True)
+    theirs = bare_step(bare, tokens, streams)
+    with OutputHead(ours) as head:
+        nested = forward_and_backward(head, tokens, streams)
+        separate = [forward_and_backward(head, tokens, [p]) for p in streams]
+        ours.train()
+        times = turns([nested, theirs, *separate], ours, repeats)
+        ours.eval()
+    pairs = {
+        "nested": [(mine, bare) for mine, bare, *_ in times],
+        "whole step": whole_steps(ours, theirs, tokens, streams, repeats, compile=compiled),
+        "/ separate": [(mine, sum(apart)) for mine, _, *apart in times],
+    }
+    return [summary(step, streams[-1], pairs[step], aim) for step, aim in NESTED_AIMS.items()]
+
+
+def summary(step: str, p: int, pairs: list[tuple[float, float]], aim: float) -> Row:
+    """A row of pairs of seconds, ours and the bare backbone's."""
+    ratios = [mine / theirs for mine, theirs in pairs]
+    return Row(
+        step=step,
+        p=p,
+        bare_ms=1000 * statistics.median(theirs for _, theirs in pairs),
+        ours_ms=1000 * statistics.median(mine for mine, _ in pairs),
+        ratio=statistics.median(ratios),
+        lowest=min(ratios),
+        highest=max(ratios),
+        pairs=len(ratios),
+        aim=aim,
+    )
 
 
 def time_pairs(
@@ -203,16 +241,12 @@ def time_pairs(
 ) -> dict[str, list[tuple[float, float]]]:
     """Seconds that each step takes us and the bare backbone."""
     rows = tokens.repeat_interleave(p, dim=0)  # [B*P, S]
-    decoder = bare.get_decoder()
+    decoder, device = bare.get_decoder(), tokens.device
     caches = [DynamicCache(config=bare.config) for _ in range(2)]
 
     def our_training() -> None:
-        loss(ours(input_ids=tokens, use_cache=False).logits, tokens).backward()
-
-    def bare_training() -> None:
-        embedded = bare.get_input_embeddings()(rows).detach().requires_grad_()
-        hidden = decoder(inputs_embeds=embedded, use_cache=False)[0]
-        loss(head(bare, hidden, p), tokens).backward()
+        logits = ours(input_ids=tokens, use_cache=False).logits[:, :-1]
+        F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten()).backward()
 
     @torch.no_grad()
     def our_forward(ids: Tensor) -> None:
@@ -224,13 +258,13 @@ def time_pairs(
 
     def pair(mine: Callable[[], None], theirs: Callable[[], None]) -> tuple[float, float]:
         if not bare_first:
-            return seconds(mine), seconds(theirs)
-        bare_seconds = seconds(theirs)
-        return seconds(mine), bare_seconds
+            return seconds(mine, device), seconds(theirs, device)
+        bare_seconds = seconds(theirs, device)
+        return seconds(mine, device), bare_seconds
 
     with use_p(ours, p):
         ours.zero_grad(set_to_none=True)
-        times = {"training": [pair(our_training, bare_training)]}
+        times = {"training": [pair(our_training, bare_step(bare, tokens, [p]))]}
         times["prefill"] = [pair(lambda: our_forward(tokens), lambda: bare_forward(rows))]
         one = tokens[:, :1]
         times["decode"] = [
@@ -245,40 +279,16 @@ def head(bare: PreTrainedModel, hidden: Tensor, p: int) -> Tensor:
     return bare.get_output_embeddings()(hidden.unflatten(0, (-1, p)).mean(dim=1))
 
 
-def loss(logits: Tensor, tokens: Tensor) -> Tensor:
-    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten())
-
-
-def seconds(step: Callable[[], None]) -> float:
-    started = clock()
-    step()
-    return clock() - started
-
-
-def clock() -> float:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-def hardware(device: str) -> str:
-    """What the steps ran on."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.get_device_name(device)
-    machine = results.hardware()
-    return f"{machine.cpu}, {torch.get_num_threads()} of {machine.cores} cores"
-
-
 def table(rows: list[Row]) -> str:
     """The rows as text."""
     lines = [
-        f"{'step':<9} {'P':>2} {'bare ms':>9} {'ours ms':>9} {'ratio':>6} {'range':>13} "
+        f"{'step':<10} {'P':>2} {'bare ms':>9} {'ours ms':>9} {'ratio':>6} {'range':>13} "
         f"{'aim':>6}  met"
     ]
     for row in rows:
         spread, aim = f"{row.lowest:.2f} to {row.highest:.2f}", f"≤ {row.aim:.2f}"
         lines.append(
-            f"{row.step:<9} {row.p:>2} {row.bare_ms:>9.1f} {row.ours_ms:>9.1f} {row.ratio:>6.3f} "
+            f"{row.step:<10} {row.p:>2} {row.bare_ms:>9.1f} {row.ours_ms:>9.1f} {row.ratio:>6.3f} "
             f"{spread:>13} {aim:>6}  {'yes' if row.ratio <= row.aim else 'no'}"
         )
     return "\n".join(lines)

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import recycle.parscale
 
-for module in ("trl", "datasets", "bitsandbytes", "matplotlib", "pytest"):
+for module in ("datasets", "bitsandbytes", "matplotlib", "pytest"):
     assert importlib.util.find_spec(module) is None, f"the base install brought {module}"
 
 config = LlamaConfig(

@@ -245,8 +245,22 @@ def overhead() -> str:
         "Time of a step with P streams, divided by that of the bare backbone on a batch P times as "
         f"large, which is work that no implementation can avoid: {most:.2f} at most.",
         format_table([("P", *phases), *rows]),
+        *nested_training(record),
         f"`{record['command']}`. {record['date'][:10]}, {record['hardware']}.",
     )
+
+
+def nested_training(record: dict[str, Any]) -> list[str]:
+    """What the training of all P in one pass takes, where that was measured."""
+    if "nested" not in record:
+        return []
+    found = {step: f"{ratio:.2f}" for step, ratio in record["nested"].items()}
+    streams = ", ".join(str(row["p"]) for row in record["rows"])
+    return [
+        f"Nested training of P = {streams} in one pass takes {found['nested']} times the bare "
+        f"forward and backward at the same stream-tokens, with all else that a step of a run does "
+        f"{found['whole step']} times, and {found['/ separate']} of the time of separate passes."
+    ]
 
 
 def decode_table() -> str:
@@ -301,6 +315,37 @@ def family_memory() -> str:
         "P = 4 alone.",
         format_table([("backbone", "family", "parameters", "MB", "of the backbone's"), *rows]),
         f"`{record['command']}`. {record['date'][:10]}.",
+    )
+
+
+def training_memory_table() -> str:
+    """Memory of a training step by P, activation checkpointing and streams held at once."""
+    record = json.loads((MEASURED / "training-memory-cpu.json").read_text())
+    names = {False: "none", "selective": "selective", True: "full"}
+    cells: dict[tuple[int, int | None], dict[Any, Any]] = {}
+    for cell in record["cells"]:
+        cells.setdefault((cell["p"], cell["at_once"]), {})[cell["checkpointing"]] = cell
+    rows = [
+        (str(p) if at_once is None else f"{p}, {at_once} at once", *shown)
+        for (p, at_once), row in cells.items()
+        for shown in [[f"{row[level]['growth_gib']:.2f}" for level in names]]
+    ]
+    hardware = record["hardware"]
+    machine = hardware["gpu"] or f"{hardware['cores']} cores ({hardware['cpu']})"
+    before = statistics.median(cell["before_gib"] for cell in record["cells"])
+    return join_blocks(
+        format_table([("P", *(f"{name}, GiB" for name in names.values())), *rows]),
+        f"`{record['command']}`: the most resident memory of a forward and backward pass over that "
+        f"of the process before it, {before:.2f} GiB; {record['rows']} row of {record['tokens']} "
+        f"tokens. {record['date'][:10]}, {machine}, {record['dtype']}.",
+    ).rstrip()
+
+
+def training_memory() -> str:
+    """Memory of a training step."""
+    return join_blocks(
+        "By `training.gradient_checkpointing`: false (none), selective, or true (full).",
+        training_memory_table(),
     )
 
 
@@ -380,10 +425,15 @@ SECTIONS = {
     "Decoding": decoding,
     "Overhead": overhead,
     "Memory of a family": family_memory,
+    "Memory of a training step": training_memory,
 }
 
 
-TABLES = {"two-stage": two_stage_table, "decode": decode_table}  # in README.md
+TABLES = {  # in README.md
+    "two-stage": two_stage_table,
+    "decode": decode_table,
+    "training-memory": training_memory_table,
+}
 
 
 def measured_readme() -> str:

@@ -71,7 +71,7 @@ def test_a_pipeline_gives_the_text_of_generate(run_folder, capfd, batch_size):
 def test_a_fresh_process_needs_one_import(run_folder):
     code = (
         "import sys, recycle.parscale\n"
-        "trainers = {'trl', 'datasets', 'pydantic', 'matplotlib', 'typer'}\n"
+        "trainers = {'datasets', 'pydantic', 'matplotlib', 'typer'}\n"
         "print(sorted(trainers & set(sys.modules)))\n"
         "from peft import AutoPeftModelForCausalLM\n"
         f"model = AutoPeftModelForCausalLM.from_pretrained({str(run_folder / 'p2')!r})\n"

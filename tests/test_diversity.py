@@ -12,7 +12,6 @@ from torch.nn import functional as F
 
 from recycle.data import IGNORED, Document
 from recycle.evaluate import OutputHead, document_losses, measure, passes_of
-from recycle.evaluate import head as head_module
 from recycle.evaluate.diversity import StreamWatch
 from recycle.evaluate.passes import rows_of
 from recycle.parscale import ActiveStreams, choose_streams, find_decoder, streams_of
@@ -29,7 +28,7 @@ APART = ActiveStreams("default", 4, (2, 4), apart=True)
 
 @pytest.fixture(scope="module", params=["qwen2", "modernbert-decoder"])
 def model(request: pytest.FixtureRequest) -> Any:
-    """The second has a head that is not TRL's: where logits are many, it goes row by row."""
+    """The second has layers between its decoder and its output matrix."""
     return stream_model(request.param, init="random")
 
 
@@ -83,13 +82,9 @@ def test_each_streams_own_states_follow_the_merged_ones(model_type: str) -> None
         torch.testing.assert_close(states, alone(tiny, stream, ids)[0], atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("few_logits", [2**26, 0])
 @pytest.mark.parametrize("batch_size", [1, 2, 5])
-def test_use_of_the_streams_by_hand(
-    model: Any, batch_size: int, few_logits: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Also where logits are many (few_logits 0), and with labels that do not count."""
-    monkeypatch.setattr(head_module, "FEW_LOGITS", few_logits)
+def test_use_of_the_streams_by_hand(model: Any, batch_size: int) -> None:
+    """Also with labels that do not count."""
     losses, weights = by_hand(model)
     assert losses.shape == (4, 23 + 23 + 22 + 21 + 20)  # the first label predicts nothing
     passes = passes_of(model)

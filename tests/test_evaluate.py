@@ -9,12 +9,11 @@ from torch.nn import functional as F
 
 from recycle.data import Document
 from recycle.evaluate import OutputHead, document_losses, passes_of
-from recycle.evaluate import head as head_module
 from recycle.evaluate.passes import rows_of
 from recycle.evaluate.speed import REPEATS, kv_bytes_per_token, speeds
 from recycle.parscale import ActiveStreams, choose_streams, streams_of
 from tests.adapters import scramble, stream_config, stream_model, token_ids
-from tests.tiny import VOCAB_SIZE, tiny_model
+from tests.tiny import tiny_model
 
 
 def family(nested: bool, backbone: str = "qwen2") -> Any:
@@ -92,10 +91,7 @@ def test_shorter_documents_have_the_losses_that_they_have_alone(model: Any) -> N
         assert losses == pytest.approx(alone[name], abs=1e-5)
 
 
-@pytest.mark.parametrize("few", [2**26, 0])
-def test_packed_sequences_have_the_losses_that_they_have_alone(
-    few: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_packed_sequences_have_the_losses_that_they_have_alone() -> None:
     tiny = stream_model(tiny_model(), init="random")
     scramble(tiny)
     active = ActiveStreams("default", 4, (2, 4))
@@ -105,7 +101,6 @@ def test_packed_sequences_have_the_losses_that_they_have_alone(
     positions = torch.cat([torch.arange(9), torch.arange(15)]).repeat(2, 1)
     with OutputHead(tiny) as head, torch.no_grad():
         apart = [head.log_probs(active, part, part) for part in (ids[:, :9], ids[:, 9:])]
-        monkeypatch.setattr(head_module, "FEW_LOGITS", few)
         packed = head.log_probs(active, ids, labels, positions)
         seen = head.log_probs(active, ids, labels)
     torch.testing.assert_close(packed[..., :8], apart[0], atol=1e-4, rtol=0)
@@ -155,40 +150,3 @@ def test_cache_sizes_follow_the_dtype() -> None:
     half = family(True).to(torch.bfloat16)
     rows = {"backbone": None, "P = 4": ActiveStreams("nested", 4, (4,))}
     assert kv_bytes_per_token(half, rows) == {"backbone": 256, "P = 4": 1024}
-
-
-@pytest.mark.parametrize(
-    ("model_type", "sizes"), [("qwen2", {}), ("gpt2", {}), ("modernbert-decoder", {})]
-)
-@pytest.mark.parametrize("learning", [False, True])
-def test_many_logits_are_never_held_at_once(
-    model_type: str, sizes: dict[str, Any], learning: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Of 4 blocks and two P, through TRL's head or row by row; the values are those of few."""
-    backbone = tiny_model(model_type, **sizes)
-    tiny = stream_model(backbone, init="random")
-    active = ActiveStreams("default", 4, (2, 4))
-    ids = token_ids(4, 24)
-    labels = ids.clone()
-    labels[1, 5:9] = -100
-    found, largest = [], []
-    for few in (2**26, 0):
-        monkeypatch.setattr(head_module, "FEW_LOGITS", few)
-        sizes_seen: list[int] = []
-        hook = backbone.get_output_embeddings().register_forward_hook(
-            lambda module, inputs, output, seen=sizes_seen: seen.append(output.numel())
-        )
-        with OutputHead(tiny) as head, torch.set_grad_enabled(learning):
-            fused = few == 0 and head.fused
-            sizes_seen.clear()  # the comparison of the two heads
-            found.append(head.log_probs(active, ids, labels))
-        hook.remove()
-        largest.append(max(sizes_seen, default=0))
-    torch.testing.assert_close(found[0], found[1], atol=1e-4, rtol=0)
-    assert (found[0][:, 1, 4:8] == 0).all()
-    assert largest[0] == 2 * 4 * 24 * VOCAB_SIZE
-    if fused:
-        assert largest[1] == 0  # in tiles, past the module
-    else:
-        assert largest[1] == largest[0] // (1 if learning else 4)
-    assert fused == (model_type != "modernbert-decoder")

@@ -234,6 +234,14 @@ def test_the_micro_batch_that_fits(tmp_path: Path) -> None:
     assert largest_micro_batch(shape, numbers, find_gpu("b200"), learner, 12, True) == 4  # of 12
 
 
+def test_auto_is_planned_as_what_fits(tmp_path: Path) -> None:
+    recipe = write_recipe(
+        tmp_path, save_tiny(tmp_path / "model"), **{"training.micro_batch_size": "auto"}
+    )
+    planned = forecast(resolve(str(recipe)).recipe, "h200", (), Request())
+    assert [x.micro_batch_size for x in planned.training] == [4, 4]  # of batches of 4
+
+
 def test_a_run_keeps_what_was_announced_and_is_as_planned(tmp_path: Path) -> None:
     model = save_tiny(tmp_path / "model", num_hidden_layers=4)
     budget: dict[str, Any] = {"stages.adapt.train": "lora", "stages.adapt.tokens": 256}
@@ -315,6 +323,47 @@ def test_what_people_see(plan: Any, tmp_path: Path) -> None:
         50_000_000, rel=0.01
     )
     assert found["scaling"]["memory_ratio"] == pytest.approx(31.2, abs=0.1)
+
+
+QWEN_3B = {"hidden_size": 2048, "intermediate_size": 11008, "num_key_value_heads": 2}
+QWEN_7B = {
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "vocab_size": 152064,
+    "tie_word_embeddings": False,
+}
+
+
+@pytest.mark.parametrize("gpu", ["rtx-4090", "rtx-3090"])
+@pytest.mark.parametrize(
+    ("recipe", "shape", "parameters", "gib"),
+    [
+        ("qwen2.5-3b-python", QWEN_3B, 3_085_938_688, 10.9),
+        ("qwen2.5-7b-4bit", QWEN_7B, 7_615_616_512, 11.2),
+    ],
+    ids=["3b", "7b"],
+)
+def test_recipes_for_one_card_of_24_gb(
+    plan: Any,
+    tmp_path: Path,
+    gpu: str,
+    recipe: str,
+    shape: dict[str, Any],
+    parameters: int,
+    gib: float,
+) -> None:
+    folder = config_folder(tmp_path / "m", max_position_embeddings=32768, **shape)
+    status, out, errors = plan(recipe, f"backbone.id={folder}", "--gpu", gpu, "--json")
+    assert status == 0, errors
+    found = json.loads(out)
+    assert found["parameters"] == parameters  # what the model card says
+    assert found["gpu_memory_gib"] == 24
+    assert found["training_memory_gib"] == pytest.approx(gib, abs=0.05)
+    assert found["training_memory_gib"] + found["output_head_gib"] <= 0.9 * 24
+    assert [x["name"] for x in found["training"]] == ["compared", "adapted", "nested", "control"]
 
 
 def test_what_is_refused(plan: Any, tmp_path: Path) -> None:

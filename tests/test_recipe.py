@@ -225,6 +225,7 @@ def test_the_budget_of_both_stages() -> None:
         (["stages.adapt.tokens=2k"], "a stage takes at most the whole budget"),
         (["stages.adapt.train=none", "stages.adapt.tokens=1"], "a stage that is left out"),
         (["stages.streams.batch_size=3", "training.micro_batch_size=2"], "micro_batch_size must"),
+        (["streams=2,4", "stages.streams.at_once=5"], "at_once is at most the largest number of"),
         (["backbone.adapter=x/y", "stages.adapt.train=lora"], "it brings the adapted weights"),
         (["stages.streams.start=x/y", "stages.adapt.train=full"], "it brings the adapted weights"),
         (["stages.adapt.train=full", "backbone.quantization=nf4"], "quantised weights cannot"),
@@ -376,6 +377,20 @@ def test_only_true_and_false_are_booleans(text: str, version: str) -> None:
     line = 12 + version.count("\n")
     assert problems(path) == [
         f"flag.yaml:{line}: stages.streams.nested = {text}: must be true or false"
+    ]
+
+
+def test_checkpointing_and_micro_batches_have_words_beside_their_values() -> None:
+    recipe = least("training.gradient_checkpointing=selective", "training.micro_batch_size=auto")
+    settings = recipe.recipe.training
+    assert (settings.gradient_checkpointing, settings.micro_batch_size) == ("selective", "auto")
+    assert (
+        least("training.gradient_checkpointing=True").recipe.training.gradient_checkpointing is True
+    )
+    fields = ("training.gradient_checkpointing=some", "training.micro_batch_size=0")
+    assert problems(write("least.yaml", LEAST), *fields) == [
+        "command line: training.gradient_checkpointing = some: must be false, true or selective",
+        "command line: training.micro_batch_size = 0: must be a whole number of 1 or more, or auto",
     ]
 
 
@@ -750,7 +765,7 @@ def test_round_trip(name: str) -> None:
     assert dump(again) == dump(recipe)
 
 
-def test_identity_is_all_but_launch_output_and_logging() -> None:
+def test_identity_is_all_but_launch_output_logging_and_memory() -> None:
     recipe = least().recipe
     assert re.fullmatch("[0-9a-f]{64}", identity(recipe))
     same = least("launch.device=cpu", "output.dir=x", "logging.steps=7").recipe
@@ -761,7 +776,12 @@ def test_identity_is_all_but_launch_output_and_logging() -> None:
         other = least(override).recipe
         assert identity(other) != identity(recipe)
         assert differing_keys(recipe, other) == [override.partition("=")[0]]
-    other = least("evaluation.samples=0").recipe
+    other = least("evaluation.samples=0", "training.compile=true").recipe
+    assert identity(other) == identity(recipe)
+    assert differing_keys(recipe, other) == []
+    memory = ("training.micro_batch_size=auto", "training.gradient_checkpointing=selective")
+    memory += ("stages.streams.at_once=1", "evaluation.batch_size=1")
+    other = least(*memory, "stages.adapt.micro_batch_size=1").recipe
     assert identity(other) == identity(recipe)
     assert differing_keys(recipe, other) == []
     weighed = least("stages.streams.loss_weights.4=2").recipe
@@ -771,7 +791,7 @@ def test_identity_is_all_but_launch_output_and_logging() -> None:
 def test_the_identity_of_a_recipe_never_changes() -> None:
     assert (
         identity(least().recipe)
-        == "151f46ea87804719f71bbb48476a4fac5dceb7250c7d360a2b56a1e1e7d1da15"
+        == "c2b41e0b7df739afee6cf968523c55c7d046580da4058171425e9e41742a6b59"
     )
 
 

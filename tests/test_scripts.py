@@ -16,7 +16,8 @@ from recycle import results, use_p
 from tests.runs import recycle, write_recipe
 
 ROOT = Path(__file__).parents[1]
-TRAINING_AND_CLI = ["trl", "datasets", "pydantic", "ruamel", "typer", "rich"]
+AGAIN = ("", ", checkpointing")
+TRAINING_AND_CLI = ["datasets", "pydantic", "ruamel", "typer", "rich"]
 
 
 def run(folder: Path, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
@@ -134,15 +135,45 @@ def test_bench_overhead(tmp_path, tiny_folder):
     record = json.loads(out.read_text())
     assert [row["p"] for row in record["rows"]] == [2, 4, 8]
     steps = {(row["step"], row["p"]): row for row in record["steps"]}
-    assert len(steps) == 9
+    assert len(steps) == 12
     for row in record["rows"]:
-        for step, aim in {"training": 1.10, "prefill": 1.06, "decode": 1.10}.items():
+        for step, aim in {"training": 1.07, "prefill": 1.06, "decode": 1.10}.items():
             assert steps[step, row["p"]]["ratio"] == row[step] > 0
             assert steps[step, row["p"]]["aim"] == aim
     title, header, *lines = done.stdout.splitlines()
     assert str(tiny_folder) in title
     assert header.split()[:2] == ["step", "P"]
-    assert [tuple(line.split()[:2]) for line in lines] == [(s, str(p)) for s, p in steps]
+    assert [line[:13].rsplit(maxsplit=1) for line in lines] == [[s, str(p)] for s, p in steps]
+    assert list(record["nested"]) == ["nested", "whole step", "/ separate"]
+    for step, ratio in record["nested"].items():
+        assert steps[step, 8]["ratio"] == ratio > 0
+    # One pass with P = 8 in place of three, with 2, 4 and 8.
+    assert steps["/ separate", 8]["ours_ms"] == steps["nested", 8]["ours_ms"]
+    assert steps["/ separate", 8]["bare_ms"] > steps["nested", 8]["ours_ms"]
+
+
+@pytest.mark.slow
+def test_gpu_training(tmp_path):
+    out = tmp_path / "training.json"
+    tiny = ("--device", "cpu", "--quick", "--repeats", "1", "--out", out)
+    done = run(tmp_path, ROOT / "scripts/gpu_training.py", *tiny)
+    assert done.returncode == 0, done.stdout + done.stderr
+    record = json.loads(out.read_text())
+    assert set(record) >= {"date", "hardware", "command", "packages"}
+    ways = {row["training"]: row for row in record["rows"] if "training" in row}
+    names = [f"tiny, {how}{again}" for how in ("eager", "compiled") for again in AGAIN]
+    assert list(ways) == names
+    # 4 * N * P for each of 64 tokens: two tables in one, two layers, a norm.
+    attention = 64 * (64 + 32 + 32) + (64 + 32 + 32) + 64 * 64
+    parameters = 384 * 64 + 2 * (attention + 3 * 64 * 128 + 2 * 64) + 64
+    for row in ways.values():
+        rate = 4 * parameters * 8 * 64 / (row["pass ms"] / 1000) / 1e12
+        assert row["TFLOP/s"] == pytest.approx(rate, rel=1e-9)
+        assert row["of the matrix rate"] == row["TFLOP/s"] / record["matrix_tflops"]
+        assert min(row["/ bare"], row["step / bare"]) > 0
+    attending = {row["attention"]: row for row in record["rows"] if "attention" in row}
+    assert list(attending) == [f"tiny, {way}" for way in ("dummy_rows", "lower_right", "blockwise")]
+    assert max(row["differs by"] for row in attending.values()) < 1e-5
 
 
 @pytest.fixture
@@ -434,7 +465,11 @@ def test_the_demo_without_speeds_is_a_table_without_them(update_readme, monkeypa
     assert "tokens/s" not in table
 
 
-TABLES = {"two-stage": "two_stage_table", "decode": "decode_table"}
+TABLES = {
+    "two-stage": "two_stage_table",
+    "decode": "decode_table",
+    "training-memory": "training_memory_table",
+}
 
 
 def test_stale_tables_are_found_and_made_anew(update_readme, tmp_path, monkeypatch):

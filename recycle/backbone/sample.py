@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 MODULES, VALUES = 4, 16  # in the sample
 
@@ -29,10 +30,13 @@ def linear_modules(model: nn.Module) -> list[str]:
 
 
 def watch(model: nn.Module, names: Sequence[str]) -> dict[str, Tensor]:
-    """Copies of the weights of a few modules, evenly spaced among `names`."""
+    """Copies of the weights of a few modules, evenly spaced among `names`.
+
+    Of a sharded model all processes take them together, here and in `take_sample`.
+    """
     step = max(1, len(names) // MODULES)
     found = {name: _weight(model.get_submodule(name)) for name in names[::step][:MODULES]}
-    return {name: weight.detach().clone() for name, weight in found.items() if weight is not None}
+    return {name: _whole(x).detach().clone() for name, x in found.items() if x is not None}
 
 
 def take_sample(model: nn.Module, before: Mapping[str, Tensor] | None = None) -> Sample:
@@ -51,6 +55,7 @@ def take_sample(model: nn.Module, before: Mapping[str, Tensor] | None = None) ->
             indices = change.flatten().abs().topk(min(VALUES, change.numel())).indices
             sample[name] = {"indices": indices.tolist(), "change": _at(change, indices).tolist()}
         elif new is not None and new.is_floating_point():
+            new = _whole(new).to(old.device)
             w = old.flatten().float()
             indices = torch.arange(0, w.numel(), max(1, w.numel() // VALUES))[:VALUES]
             if before is not None:
@@ -115,6 +120,10 @@ def _change_beside(module: nn.Module) -> Tensor | None:
 
 def _at(weight: Tensor, indices: Tensor) -> Tensor:
     return weight.detach().flatten()[indices.to(weight.device)].float().cpu()
+
+
+def _whole(weight: Tensor) -> Tensor:
+    return weight.full_tensor() if isinstance(weight, DTensor) else weight
 
 
 def _weight(module: nn.Module) -> Tensor | None:

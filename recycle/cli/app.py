@@ -15,6 +15,8 @@ from rich.console import Console
 from recycle import __version__
 from recycle.errors import RecycleError
 
+# Of several processes, each would print what torch's DDP advises.
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 app = typer.Typer(
     name="recycle",
     help="Turn the language model you already have into a stronger one.",
@@ -23,7 +25,12 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 # A log has no width of its own; brackets in a path are no markup.
-console = Console(width=None if sys.stdout.isatty() else 140, markup=False)
+# Of several processes the first one talks.
+console = Console(
+    width=None if sys.stdout.isatty() else 140,
+    markup=False,
+    quiet=os.environ.get("RANK", "0") != "0",
+)
 
 Target = Annotated[
     str,
@@ -63,12 +70,18 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def _common(
+    context: typer.Context,
     version: Annotated[
         bool,
         typer.Option("--version", callback=_version, is_eager=True, help="Show the version."),
     ] = False,
 ) -> None:
-    pass
+    command, processes = context.invoked_subcommand, os.environ.get("WORLD_SIZE", "1")
+    if command != "run" and processes != "1":
+        raise RecycleError(
+            f"`recycle {command}` works in one process, and a launcher started {processes} "
+            "(WORLD_SIZE). Give the command without torchrun or accelerate launch."
+        )
 
 
 def example(command: str) -> str:
@@ -115,5 +128,11 @@ def quiet_libraries() -> None:
 
 
 def fail(message: str, status: int) -> NoReturn:
+    """Say why a command ends; of several processes the first to fail says it."""
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        from recycle import world
+
+        if not world.fails_first():
+            raise SystemExit(status) from None
     Console(stderr=True, soft_wrap=True).print(f"recycle: {message}", markup=False, highlight=False)
     raise SystemExit(status) from None

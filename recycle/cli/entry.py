@@ -10,7 +10,6 @@ from .app import app, fail
 
 # Which extra a missing module belongs to.
 TRAIN = (
-    "trl",
     "datasets",
     "accelerate",
     "bitsandbytes",

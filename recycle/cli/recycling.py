@@ -1,5 +1,7 @@
 """Making a family: run, show, plan."""
 
+import os
+import sys
 from typing import Annotated
 
 import typer
@@ -25,26 +27,47 @@ def run(
     """
     from recycle.recipe import RecipeError, resolve
     from recycle.run.folder import find_run, finish, kept
+    from recycle.run.launch import AGAIN, is_launched, launch, processes_to_start, told_of_loss
 
     resolved = resolve(target, overrides or [])
-    console.print(f"Recipe: {resolved.chosen}")
+    if not is_launched():
+        console.print(f"Recipe: {resolved.chosen}")
     found = find_run(resolved.recipe, new)
     if found.results is not None:
         from recycle.results import rich_table
 
-        finish(found)
+        if os.environ.get("RANK", "0") == "0":  # of several processes, the first
+            finish(found)
         console.print(f"{found.folder} is finished; its results (--new starts another run):")
         console.print(rich_table(found.results))
         return
     if resolved.missing:
         raise RecipeError(resolved.chosen, resolved.missing)
-    try:
-        quiet_libraries()
-        from recycle.run.story import run_recipe
+    if processes := processes_to_start(found.recipe):
+        # One folder for all of them, which --new has found.
+        same = [x for x in overrides or [] if x.partition("=")[0].strip() != "output.dir"]
+        arguments = ["run", target, *same, f"output.dir={found.folder}"]
+        status, told = launch(processes, arguments, found.folder)
+        fail(told, status) if told else sys.exit(status)
+    from recycle import preemption, world
 
-        run_recipe(found, command_line(), console)
-    except KeyboardInterrupt:
-        fail(kept(found.folder), 130)
+    try:
+        with preemption.handled():
+            quiet_libraries()
+            from recycle.run.story import run_recipe
+
+            run_recipe(found, command_line(), console)
+    except (KeyboardInterrupt, preemption.Preempted) as stopped:
+        status = 130 if isinstance(stopped, KeyboardInterrupt) else AGAIN
+        if is_launched():  # and the launcher tells
+            sys.exit(status)
+        fail(kept(found.folder), status)
+    except RuntimeError as error:
+        if not world.is_lost(error):
+            raise
+        if told_of_loss():
+            fail(f"Another process of this run has ended. {kept(found.folder)}", 1)
+        sys.exit(1)
 
 
 @app.command(epilog=example("recycle show demo streams=2,4,8"))

@@ -12,13 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recycle.parscale import ActiveStreams
+from recycle.parscale import ActiveStreams, checkpointing_arguments
+from recycle.recipe.kinds import Checkpointing
 
 from .pricing import PassCost
+from .shortage import is_out_of_memory
 
 LogProbs = Callable[[ActiveStreams | None, Tensor, Tensor], Tensor]
 """Streams, `input_ids` and `labels` `[B, S]` to log-probabilities `[|P|, B, S - 1]`."""
 WARM_UP = 32  # tokens
+_earlier = [0]  # bytes, before the GPU's allocator last began to count anew
 CPU_TOKENS = 128  # of a measured pass: enough to tell, and seconds where a CPU is slow
 
 
@@ -29,7 +32,7 @@ def pass_cost(
     *,
     block_size: int,
     micro_batch_size: int,
-    gradient_checkpointing: bool,
+    gradient_checkpointing: Checkpointing,
 ) -> PassCost:
     """Measure short passes of a model, with what learns in it as it is.
 
@@ -39,7 +42,7 @@ def pass_cost(
         active: The streams to run.
         block_size: Tokens of a block.
         micro_batch_size: Blocks in a forward and backward pass.
-        gradient_checkpointing: Activations are computed twice in training.
+        gradient_checkpointing: Activations are computed twice in training, or some of them.
     """
     device = model.device
     length = block_size if device.type == "cuda" else min(block_size, CPU_TOKENS)
@@ -58,10 +61,18 @@ def pass_cost(
     learned = sum(x.numel() for x in model.parameters() if x.requires_grad)
     learns = learned > 0
     if learns and gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.gradient_checkpointing_enable(checkpointing_arguments(gradient_checkpointing))
     model.train(learns)
     seconds(ids[:, :WARM_UP], backward=learns)  # sets kernels up
-    learning = seconds(ids, backward=learns)
+    while True:
+        try:
+            learning = seconds(ids, backward=learns)
+            break
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error) or length <= WARM_UP:
+                raise
+        length //= 2  # fewer tokens tell it too
+        ids = ids[:, :length]
     model.zero_grad(set_to_none=True)
     if learns and gradient_checkpointing:
         model.gradient_checkpointing_disable()
@@ -72,9 +83,17 @@ def pass_cost(
     return PassCost(learning / length, reading / length, gib)
 
 
+def count_anew(device: torch.device) -> None:
+    """Let a GPU's allocator count its peak from now on; `peak_memory` remembers the one so far."""
+    _earlier[0] = peak_memory(device)
+    torch.cuda.reset_peak_memory_stats(device)
+
+
 def peak_memory(device: torch.device) -> int:
     """Peak memory so far, in bytes: of the GPU, or of this process."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+        return max(_earlier[0], torch.cuda.max_memory_allocated(device))
+    if device.type == "mps":  # which keeps what was allocated, so that this is nearly the peak
+        return torch.mps.driver_allocated_memory()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

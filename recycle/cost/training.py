@@ -15,6 +15,8 @@ from typing import Any
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from recycle.recipe.kinds import Checkpointing
+
 from .gpu import Gpu
 from .inference import Numbers
 from .pricing import PassCost
@@ -34,7 +36,9 @@ USABLE = 0.9  # of a GPU's memory; the rest is the driver's, and lost between te
 KEPT_HIDDEN, KEPT_INNER = 10, 3.25
 # The same in float32, of matrices that learn or have a LoRA: their inputs.
 INPUTS_HIDDEN, INPUTS_INNER = 6, 1
-LOGITS = 2**26  # that the output head holds at once, see `recycle.evaluate.head`
+# The same of products and attention, which selective checkpointing keeps.
+SELECTED_HIDDEN, SELECTED_INNER = 4.75, 2
+LOGITS = 2**24  # that the output head holds at once, see `recycle.evaluate.head`
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,12 @@ class Learner:
     """Learned tokens of each stream; 0 without streams."""
     apart: bool = False
     """Whether each stream alone has a loss as well."""
+    at_once: int | None = None
+    """Streams whose activations are held at once; None is all."""
+
+    @property
+    def streams_held(self) -> int:
+        return min(self.at_once or self.p_values[-1], self.p_values[-1])
 
     @property
     def outputs(self) -> int:
@@ -60,13 +70,15 @@ class Learner:
         return len(self.p_values) + self.apart * self.p_values[-1]
 
 
-def operations(shape: Shape, learner: Learner, checkpointing: bool = False) -> tuple[float, float]:
+def operations(
+    shape: Shape, learner: Learner, checkpointing: Checkpointing = False
+) -> tuple[float, float]:
     """Floating-point operations of a text token: in learning, with frozen weights, and in reading.
 
     Args:
         shape: The model's.
         learner: What learns.
-        checkpointing: Activations are computed twice.
+        checkpointing: Activations are computed twice; selectively, none of what is counted here.
     """
     streams = learner.p_values[-1]
     matrices = 2 * (shape.attention + shape.active_mlp)
@@ -76,7 +88,8 @@ def operations(shape: Shape, learner: Learner, checkpointing: bool = False) -> t
     own = 2 * learner.learned if learner.in_weights else aggregators  # of a LoRA
     reading = streams * (matrices + scores) + head + own
     backward = streams * (matrices + 2 * scores) + head + 2 * own
-    return reading * (1 + checkpointing) + backward, reading
+    again = (checkpointing is True) + (learner.streams_held < streams)  # groups of streams: once
+    return reading * (1 + again) + backward, reading
 
 
 def memory(
@@ -84,28 +97,30 @@ def memory(
     numbers: Numbers,
     learner: Learner,
     micro_batch_size: int,
-    checkpointing: bool = False,
+    checkpointing: Checkpointing = False,
 ) -> float:
     """GiB of a training on frozen weights.
 
     These are the weights, what learns in float32 with a gradient and AdamW's two moments, what
-    every layer keeps for the backward pass (with checkpointing: its input, and all of one layer),
-    and a part of the logits with their gradient.
+    every layer keeps for the backward pass (with checkpointing: its input, the results of products
+    where that is selective, and all of one layer), and a part of the logits with their gradient.
     """
-    positions = micro_batch_size * learner.block_size * learner.p_values[-1]
+    positions = micro_batch_size * learner.block_size * learner.streams_held
     kept = _kept(shape, learner, numbers)
     layers = shape.layers * kept
     if checkpointing:
-        layers = shape.layers * shape.hidden * numbers.bytes + kept
+        width = shape.hidden
+        if checkpointing == "selective":
+            width += SELECTED_HIDDEN * shape.hidden + SELECTED_INNER * shape.inner
+        layers = shape.layers * width * numbers.bytes + kept
     matrices = shape.attention + shape.mlp - shape.experts  # that quantising takes
     weights = matrices * numbers.matrix_bytes + (shape.parameters - matrices) * numbers.bytes
-    texts = micro_batch_size * learner.block_size * learner.outputs
     held = weights + 16 * learner.learned + positions * layers
-    return held / 2**30 + logits_gib(texts, shape.vocabulary)
+    return held / 2**30 + logits_gib(micro_batch_size * learner.block_size, shape.vocabulary)
 
 
 def logits_gib(positions: int, vocabulary: int) -> float:
-    """Memory of logits, what the softmax makes of them, and their gradient."""
+    """Memory of a tile of one P's logits, what the softmax makes of them, and their gradient."""
     return 3 * 4 * min(positions * vocabulary, LOGITS) / 2**30
 
 
@@ -123,20 +138,20 @@ def training_cost(
     gpu: Gpu,
     learner: Learner,
     micro_batch_size: int,
-    checkpointing: bool,
+    checkpointing: Checkpointing,
 ) -> PassCost:
     """What a text token takes on a GPU, with frozen weights."""
     operated = operations(shape, learner, checkpointing)
     moved = learner.p_values[-1] * shape.layers * CROSSINGS * _kept(shape, learner, numbers)
     waited = shape.layers * LAYER_SECONDS / (micro_batch_size * learner.block_size)
-    passes = 3 + checkpointing  # a backward pass is two forward ones
+    passes = 3 + (checkpointing is True)  # a backward pass is two forward ones
     learning, reading = (
         max(
             each / (COMPUTING * gpu.flops(numbers.dtype)) + moved * share / (1e9 * gpu.bandwidth),
             waited * launched,
         )
         for each, share, launched in zip(
-            operated, (passes / 3, 1 / 3), (2 + checkpointing, 1), strict=True
+            operated, (passes / 3, 1 / 3), (2 + bool(checkpointing), 1), strict=True
         )
     )
     gib = memory(shape, numbers, learner, micro_batch_size, checkpointing)
@@ -149,7 +164,7 @@ def largest_micro_batch(
     gpu: Gpu,
     learner: Learner,
     batch_size: int,
-    checkpointing: bool,
+    checkpointing: Checkpointing,
     more_gib: float = 0.0,
 ) -> int | None:
     """The largest power of two that divides a batch and fits; None where one block does not.

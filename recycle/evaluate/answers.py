@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from recycle import world
 from recycle.backbone.generation import decoding
 from recycle.data.tasks import is_right
 from recycle.parscale import ActiveStreams, choose_streams
@@ -45,14 +46,20 @@ def answers_right(
     """
     right: dict[str, list[bool]] = {name: [] for name in rows}
     for name, active in rows.items():
-        for start in range(0, len(questions), batch_size):
+
+        def answered(start: int, active: ActiveStreams | None = active) -> list[bool]:
             batch = questions[start : start + batch_size]
             with choose_streams(model, active):
                 prompts = [question.prompt_ids for question in batch]
                 replies = decode_replies(model, tokenizer, prompts, max_new_tokens)
-            for question, reply in zip(batch, replies, strict=True):
-                right[name].append(is_right(tokenizer.decode(reply), question.answer))
-            advance(len(batch))
+            advance(len(batch) * world.size())
+            return [
+                is_right(tokenizer.decode(reply), question.answer)
+                for question, reply in zip(batch, replies, strict=True)
+            ]
+
+        for found in world.share(range(0, len(questions), batch_size), answered):
+            right[name] += found
     return right
 
 

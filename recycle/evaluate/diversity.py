@@ -10,6 +10,7 @@ from collections import defaultdict
 import torch
 from torch import Tensor, nn
 
+from recycle import world
 from recycle.data import IGNORED
 from recycle.parscale import ActiveStreams, streams_of
 from recycle.results import StreamUse
@@ -52,6 +53,12 @@ class StreamWatch:
             by_stream = torch.cat(parts)[:, :, :-1, 0].transpose(0, 1)  # [P, B, S - 1]
             self._weights[active.adapter, p].append(by_stream[:, predicted].cpu())
         return merged
+
+    def gather(self, passes: int) -> None:
+        """Bring together what the processes kept of so many passes of each adapter."""
+        for kept in (self._losses, self._weights):
+            for key, mine in kept.items():
+                kept[key] = world.in_order(mine, passes)  # type: ignore[index]
 
     def use(self, active: ActiveStreams | None) -> StreamUse | None:
         """What the streams of one P did in all passes so far; None of one stream."""

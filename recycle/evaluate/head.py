@@ -1,50 +1,68 @@
 """Log-probabilities of a text under several P, without holding the logits of every position.
 
-Dimensions: B blocks, S tokens of a block, V vocabulary, |P| values of P at once.
+Dimensions: B blocks, S tokens of a block, T positions of a tile, D hidden size, V vocabulary, |P|
+values of P at once.
 """
 
-from functools import cached_property
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Self
 
 import torch
 from peft import PeftModel
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
-from trl.trainer import add_fused_lm_head
+from torch.utils.checkpoint import checkpoint
 
+from recycle.cost.training import LOGITS
 from recycle.data import IGNORED
-from recycle.parscale import ActiveStreams, choose_streams
+from recycle.parscale import ActiveStreams, choose_streams, find_decoder, run_in_groups
 
-FEW_LOGITS = 2**26  # 256 MiB in float32
-PROBE = 64  # tokens
-# Of a log-probability, in the mean: what rounding moves, while another head moves it by nats.
-TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.1}
+# Logits of a tile, 64 MiB in float32. One thread's time for forward and backward, to that of
+# all logits at once; 4 nested streams on one layer 576 wide, 49,152 tokens, blocks of 256, best of
+# two: 1.6 with 2**20, 1.0 with 2**22, 0.93 with 2**24, 0.96 with 2**26 (bfloat16: 1.2, 0.8, 0.92,
+# 0.9). On a GPU it was not measured.
+TILE = LOGITS
 
 
 class OutputHead:
-    """The output head of a model; a context manager, which takes it off again.
+    """Everything of a causal LM that comes after its decoder; a context manager.
 
-    Few logits come from the model's own head. Where they are many, TRL's fused head computes them
-    tile by tile, and again in the backward pass: on a CPU that takes two to three times as long
-    (float32 and bfloat16, 256 to 1,024 tokens of 49,152 logits). It takes a head for one matrix
-    with a bias and a scale, below a `base_model` that is the decoder. Some model types have more
-    in between (ModernBERT's decoder, BERT and its like), or no such `base_model` (Llama 4), and
-    would get another loss: the two are compared, and where they differ the own head does it all.
+    The decoder runs once and gives the hidden states of every P. The head then goes over them tile
+    by tile: the model's own forward pass, with a decoder that does nothing but hand out the tile.
+    So scales, caps and layers before the output matrix are part of it, whatever the model type.
+
+    A log-probability depends on the hidden state of its own position only. Where the head does not
+    learn, its gradient is therefore found at once with the logits, which are then dropped; the
+    backward pass only multiplies it by what comes in. Where it learns, the backward pass computes
+    each tile again.
+
+    Every position is computed, also those whose label is -100: to leave them out the device would
+    have to tell how many they are.
 
     Args:
-        model: A causal LM, or a PEFT model of one. Inside the `with` block it has TRL's `forward`.
+        model: A causal LM, or a PEFT model of one. Inside the `with` block its `forward` also takes
+            what `log_probs` asks for.
+        streams_at_once: Streams that run together; None is all of them. See `parscale/groups.py`.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, streams_at_once: int | None = None) -> None:
         self.model = model
+        self.streams_at_once = streams_at_once
         self.causal_lm: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+        self.decoder = find_decoder(self.causal_lm)
+        inside = set(self.decoder.modules())
+        self._modules = [module for module in self.causal_lm.modules() if module not in inside]
+        self._modules.append(self.causal_lm.get_output_embeddings())  # may be the decoder's own
 
     def __enter__(self) -> Self:
-        add_fused_lm_head(self.causal_lm)
+        self._own: Callable[..., Any] = self.causal_lm.forward
+        self._replaced = _replaced(self.causal_lm, self._forward)
+        self._replaced.__enter__()
         return self
 
-    def __exit__(self, *error: object) -> None:
-        self.causal_lm.__dict__.pop("forward")
+    def __exit__(self, *error: Any) -> None:
+        self._replaced.__exit__(*error)
 
     def log_probs(
         self,
@@ -52,6 +70,7 @@ class OutputHead:
         input_ids: Tensor,
         labels: Tensor,
         position_ids: Tensor | None = None,
+        through: nn.Module | None = None,
     ) -> Tensor:
         """Log-probabilities of the labels, in float32.
 
@@ -62,62 +81,121 @@ class OutputHead:
                 log-probability is 0.
             position_ids: `[B, S]`, that start again with each text where several are packed into a
                 row.
+            through: The module that is called: the model itself, or one that wraps it, such as
+                torch's DistributedDataParallel.
 
         Returns:
             `[|P|, B, S - 1]`, one for each of `active.p_values`; then, where `active.apart`, those
             that each stream alone would give.
         """
-        num_p = 1 if active is None else active.num_outputs
-        inputs = {"input_ids": input_ids}
+        inputs: dict[str, Any] = {"input_ids": input_ids, "use_cache": False}
         if position_ids is not None:
             inputs["position_ids"] = position_ids
         with choose_streams(self.model, active):
-            if num_p * input_ids.numel() * self._vocabulary <= FEW_LOGITS:
-                return self._own(inputs, labels, num_p)
-            if self.fused:
-                found = self._fused(inputs, labels.repeat(num_p, 1))
-                return found.view(num_p, len(input_ids), -1)
-            if torch.is_grad_enabled():
-                return self._own(inputs, labels, num_p)
-            # Row by row: a row's logits [|P|, S, V] are all that is held.
-            rows = range(len(input_ids))
-            each = [({k: x[i : i + 1] for k, x in inputs.items()}, labels[i : i + 1]) for i in rows]
-            return torch.cat([self._own(*row, num_p) for row in each], dim=1)
+            found: Tensor = (through or self.model)(**inputs, predicted=labels, streams=active)
+        return found
 
-    def _fused(self, inputs: dict[str, Tensor], labels: Tensor) -> Tensor:
-        output = self.model(**inputs, labels=labels, use_cache=False, fused_lm_head=True)
-        log_probs: Tensor = output.log_probs
-        return log_probs.float()
+    def _forward(
+        self,
+        *args: Any,
+        predicted: Tensor | None = None,
+        streams: ActiveStreams | None = None,
+        **inputs: Any,
+    ) -> Any:
+        """The causal LM's forward pass: its own, or the log-probabilities of what is predicted."""
+        if predicted is None:
+            return self._own(*args, **inputs)
+        at_once = self.streams_at_once
+        if streams is None or at_once is None or streams.num_streams <= at_once:
+            hidden = self._decode(inputs)
+        else:
+            hidden = run_in_groups(self.model, streams, at_once, self._decode, inputs)
+        num_p = 1 if streams is None else streams.num_outputs
+        labels = predicted[:, 1:]
+        by_p = hidden[:, :-1].unflatten(0, (num_p, -1)).flatten(1, 2)  # [|P|, B * (S - 1), D]
+        size = max(TILE // self._vocabulary, 1)
+        parts = [
+            self._tile(*tile)
+            for each in by_p
+            for tile in zip(each.split(size), labels.flatten().split(size), strict=True)
+        ]
+        return torch.cat(parts).view(num_p, *labels.shape)
 
-    def _own(self, inputs: dict[str, Tensor], labels: Tensor, num_p: int) -> Tensor:
-        logits = self.model(**inputs, use_cache=False).logits  # [|P|*B, S, V]
-        targets = labels.repeat(num_p, 1)[:, 1:]
-        losses = F.cross_entropy(
-            logits[:, :-1].flatten(0, 1).float(),
-            targets.flatten(),
-            ignore_index=IGNORED,
-            reduction="none",
-        )
-        return -losses.view(num_p, len(labels), -1)
+    def _decode(self, inputs: dict[str, Any]) -> Tensor:
+        """The decoder's final hidden states `[|P|*B, S, D]`; the head gets no position of them."""
+        found: list[Tensor] = []
+
+        def take(decoder: nn.Module, inputs: Any, output: Any) -> Any:
+            self._output = type(output)
+            found.append(output.last_hidden_state)
+            return self._output(last_hidden_state=found[0][:, :0])
+
+        with self.decoder.register_forward_hook(take):
+            self._own(**inputs)
+        return found[0]
+
+    def _tile(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        """Log-probabilities `[T]` of labels `[T]` after hidden states `[T, D]`."""
+        if torch.is_grad_enabled() and self._learns:
+            found: Tensor = checkpoint(self._score, hidden, labels, use_reentrant=False)
+        else:
+            found = _Scored.apply(hidden, labels, self._score)
+        return found
+
+    def _score(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        """As `_tile`, with logits `[T, V]` in the graph."""
+        output = self._output(last_hidden_state=hidden.unsqueeze(0))
+        no_text = torch.zeros_like(labels).unsqueeze(0)  # the decoder's part, which does not run
+        # No streams: the hooks around the decoder leave a tile as it is.
+        with (
+            choose_streams(self.model, None),
+            _replaced(self.decoder, lambda *args, **kwargs: output),
+        ):
+            logits = self._own(input_ids=no_text, use_cache=False).logits[0]
+        return -F.cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="none")
+
+    @property
+    def _learns(self) -> bool:
+        parameters = (x for module in self._modules for x in module.parameters(recurse=False))
+        return any(x.requires_grad for x in parameters)
 
     @property
     def _vocabulary(self) -> int:
         size: int = self.causal_lm.get_input_embeddings().num_embeddings
         return size
 
-    @cached_property
-    @torch.no_grad()
-    def fused(self) -> bool:
-        """Whether TRL's head gives the log-probabilities of the model's own."""
-        if self.causal_lm.base_model is self.causal_lm:
-            return False
-        ids = (torch.arange(PROBE, device=self.model.device) * 7 % self._vocabulary).unsqueeze(0)
-        training = self.model.training
-        self.model.eval()
-        with choose_streams(self.model, None):
-            fused, own = (
-                self._fused({"input_ids": ids}, ids),
-                self._own({"input_ids": ids}, ids, 1)[0],
-            )
-        self.model.train(training)
-        return bool((fused - own).abs().mean() < TOLERANCE[self.model.dtype])
+
+class _Scored(torch.autograd.Function):
+    """A function of a tile that keeps its gradient `[T, D]` in place of its logits."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, labels: Tensor, score: Callable[[Tensor, Tensor], Tensor]
+    ) -> Tensor:
+        if not ctx.needs_input_grad[0]:
+            return score(hidden, labels)
+        tile = hidden.detach().requires_grad_()
+        with torch.enable_grad():
+            found = score(tile, labels)
+            (slope,) = torch.autograd.grad(found.sum(), tile)
+        ctx.save_for_backward(slope)
+        return found.detach()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        (slope,) = ctx.saved_tensors
+        return (gradient.unsqueeze(1) * slope).to(slope.dtype), None, None
+
+
+@contextmanager
+def _replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """A module with another forward pass; what is in its place on the instance comes back."""
+    before = module.__dict__.get("forward")
+    module.__dict__["forward"] = forward
+    try:
+        yield
+    finally:
+        if before is None:
+            del module.__dict__["forward"]
+        else:
+            module.__dict__["forward"] = before

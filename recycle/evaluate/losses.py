@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from recycle import world
 from recycle.data import IGNORED, Document
+from recycle.parscale import ActiveStreams
 
 from .diversity import StreamWatch
 from .head import OutputHead
@@ -39,17 +41,25 @@ def document_losses(
     """
     losses: dict[str, list[float]] = {name: [] for _, names in passes for name in names}
     device = head.model.device
+    starts = range(0, len(documents), batch_size)
     for active, names in passes:
-        for start in range(0, len(documents), batch_size):
+
+        def measured(start: int, active: ActiveStreams | None = active) -> list[list[float]]:
             batch = documents[start : start + batch_size]
             ids = _padded([document.input_ids for document in batch], 0).to(device)
             labels = _padded([document.labels for document in batch], IGNORED).to(device)
             log_probs = head.log_probs(active, ids, labels)  # [|P|, B, S - 1]
             means = -log_probs.sum(dim=-1) / (labels[:, 1:] != IGNORED).sum(dim=-1)
-            for name, row in zip(names, means.tolist(), strict=True):
-                losses[name] += row
             tokens = sum(len(document.input_ids) for document in batch)
-            advance(tokens * (1 if active is None else active.num_streams))
+            advance(tokens * (1 if active is None else active.num_streams) * world.size())
+            found: list[list[float]] = means.tolist()  # of each P and document
+            return found
+
+        for found in world.share(starts, measured):
+            for name, row in zip(names, found, strict=True):
+                losses[name] += row
+    if isinstance(head, StreamWatch):
+        head.gather(len(starts))
     return losses
 
 

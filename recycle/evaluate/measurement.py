@@ -1,7 +1,8 @@
 """Everything that the table says of each model, measured."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -9,6 +10,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from recycle import sharding
+from recycle.cost.shortage import Change, enough_memory, halved
 from recycle.data import Document
 from recycle.errors import RecycleError
 from recycle.family.adapters import member_state
@@ -38,6 +41,7 @@ def measure(
     progress: Silent,
     parameters: Mapping[str, int] = MappingProxyType({}),
     samples: Samples | None = None,
+    at_once: int | None = None,
 ) -> list[Measurement]:
     """Test losses, streams, speed and sizes of the models that a model can be.
 
@@ -50,15 +54,47 @@ def measure(
         progress: Shows how far it is.
         parameters: Parameters that a row adds to the backbone, where it is not a family's adapter.
         samples: Takes what every row says to its prompts.
+        at_once: Streams whose activations are held at once; None is all.
 
     Raises:
-        EvaluationError: A loss is not finite.
+        EvaluationError: A loss is not finite, or memory is too small.
     """
+    most = max(active.num_streams if active else 1 for active, _ in passes)
+    changes = partial(_changes, model, settings.batch_size, min(at_once or most, most))
+    with enough_memory(EvaluationError, "the comparison", changes):
+        return _measure(
+            model, passes, documents, settings, tokenizer, progress, parameters, samples, at_once
+        )
+
+
+def _changes(model: Any, batch_size: int, at_once: int) -> Iterator[Change]:
+    """What takes less memory in a comparison, the best first."""
+    if batch_size > 1:
+        yield "evaluation.batch_size", halved(batch_size), batch_size
+    if at_once > 1:
+        yield "stages.streams.at_once", halved(at_once), at_once
+    if model.device.type != "cpu":
+        yield "launch.device", "cpu", model.device.type
+    if getattr(model.config, "quantization_config", None) is None:
+        yield "backbone.quantization", "nf4", None
+
+
+def _measure(
+    model: Any,
+    passes: Sequence[Pass],
+    documents: Sequence[Document],
+    settings: Evaluation,
+    tokenizer: PreTrainedTokenizerBase,
+    progress: Silent,
+    parameters: Mapping[str, int],
+    samples: Samples | None,
+    at_once: int | None,
+) -> list[Measurement]:
     model.eval()
     rows = rows_of(passes)
     streams = sum(active.num_streams if active else 1 for active, _ in passes)
     progress.start("test loss", streams * sum(len(document.input_ids) for document in documents))
-    with OutputHead(model) as head:
+    with OutputHead(model, at_once) as head:
         watch = StreamWatch(head)
         losses = document_losses(watch, passes, documents, settings.batch_size, progress.advance)
     if broken := [name for name, each in losses.items() if not all(map(math.isfinite, each))]:
@@ -80,10 +116,10 @@ def measure(
     if settings.speed:
         progress.start("speed", len(rows) * (REPEATS + 1))
         lengths = settings.prompt_tokens, settings.new_tokens
-        measured = speeds(model, rows, *lengths, progress.advance)
+        measured = sharding.once(model, lambda: speeds(model, rows, *lengths, progress.advance))
     if samples is not None:
         progress.start("samples")
-        samples.take(model, tokenizer, rows)
+        sharding.once(model, lambda: samples.take(model, tokenizer, rows))
     kv_bytes = kv_bytes_per_token(model, rows)
     measurements = []
     for name, active in rows.items():

@@ -56,8 +56,8 @@ def _time(model: nn.Module, prompt: Tensor, new_tokens: int) -> tuple[float, flo
 
 
 def _clock(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
     return time.perf_counter()
 
 

@@ -5,7 +5,7 @@ each P. How it lies on disk is in `folder.py` and `record.py`, how P is chosen i
 """
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from recycle.backbone import BackboneError, load_model
 from recycle.backbone.fingerprint import Fingerprint, differences, fingerprint_files
 from recycle.backbone.lora import put_lora
-from recycle.backbone.sample import take_sample
+from recycle.backbone.sample import Sample, take_sample
 from recycle.backbone.source import ANYONE, Access, SourceFiles, source_files
 from recycle.disk import expand, file_sha256
 from recycle.parscale import ParScaleConfig, adapter_parameters, cut_state, streams_of
@@ -189,7 +189,7 @@ def save_family(
     model: PeftModelForCausalLM,
     folder: Path,
     backbone: Fingerprint,
-    before: Mapping[str, Tensor] | None = None,
+    weights: Sample | None = None,
 ) -> Family:
     """Write every adapter of the model below `folder` and `family.json`, which makes it a family.
 
@@ -198,7 +198,7 @@ def save_family(
             "control".
         folder: An existing folder; a LoRA that was put on the backbone lies in its `adapted/`.
         backbone: Fingerprint of the source that the backbone was loaded from.
-        before: What `recycle.backbone.sample.watch` gave of the backbone before it was adapted.
+        weights: What `take_sample` gave of the model; None takes it of the backbone as it is.
     """
     sha256 = {}
     lora = folder / ADAPTED / WEIGHTS
@@ -211,7 +211,7 @@ def save_family(
         "base_model_name_or_path": backbone.id,
         "revision": backbone.revision,
         "adapter_sha256": sha256.get(f"{ADAPTED}/{WEIGHTS}"),
-        "weights": take_sample(model.get_base_model(), before),
+        "weights": weights or take_sample(model.get_base_model()),
         "inference_mode": True,
     }
     for adapter, config in configs.items():

@@ -17,8 +17,9 @@ One forward pass with P streams, for a batch of B texts of S tokens, from file t
 
 Around it: `model.py` is the PEFT tuner and `config.py` its configuration; `layer.py` says what the
 layers of a stream have in common; `decoder.py` and `location.py` find where they enter a model;
-`starts.py` sets where they start from; `recomputation.py` keeps activation checkpointing right, and
-`packing.py` rows of several sequences.
+`starts.py` sets where they start from; `groups.py` runs a few streams at a time where all do not
+fit; `recomputation.py` keeps activation checkpointing right and `selective.py` sets it up;
+`packing.py` keeps apart the sequences of a row.
 
 It needs torch, transformers, peft, safetensors and huggingface_hub only.
 """
@@ -28,9 +29,11 @@ from .cache import shrink_cache
 from .config import ParScaleConfig
 from .decoder import find_decoder
 from .errors import CacheError, ParScaleError, UnsupportedModelError
+from .groups import run_in_groups
 from .layer import AdapterParameter, adapter_parameters, cut_state, nest_states
 from .model import ParScaleModel
 from .register import register
+from .selective import checkpointing_arguments
 from .starts import start_from_text, start_token_ids
 from .streams import DecoderStreams, choose_streams, streams_of
 

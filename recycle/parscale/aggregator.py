@@ -1,11 +1,13 @@
 """The dynamic weighted sum over the streams' final hidden states, one for each P of an adapter.
 
-Dimensions: B batch, P streams, S sequence, D hidden size.
+Dimensions: B batch, P streams, S sequence, D hidden size, |P| values of P at once.
 """
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from .active import ActiveStreams
 
 
 class Aggregator(nn.Module):
@@ -65,3 +67,12 @@ class Aggregator(nn.Module):
         if hidden.shape[1] == 1:
             return hidden[:, 0]
         return (self.weights(hidden) * hidden).sum(dim=1).to(hidden.dtype)
+
+
+def merge(aggregator: nn.Module, hidden: Tensor, active: ActiveStreams) -> Tensor:
+    """Merge streams `[B, P, S, D]` for each P of a pass, stacked along the batch: `[|P|*B, S, D]`.
+
+    The first P comes first; then, where `active.apart`, each stream.
+    """
+    parts = [aggregator(hidden[:, :p]) for p in active.p_values]
+    return torch.cat([*parts, *hidden.unbind(1)] if active.apart else parts)

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
 from .active import ActiveStreams, Selection, choose, this_thread
-from .aggregator import Aggregator
+from .aggregator import Aggregator, merge
 from .cache import StreamCache, claim_cache
 from .config import ParScaleConfig
 from .decoder import find_decoder
@@ -154,8 +154,7 @@ class DecoderStreams(nn.Module, StreamLayer):
 
     def _keeps_apart(self, decoder: PreTrainedModel, positions: Tensor) -> bool:
         if self._sequences_kept_apart is None:
-            with choose(self.selection, None):
-                self._sequences_kept_apart = keeps_sequences_apart(decoder, positions.device)
+            self._sequences_kept_apart = keeps_sequences_apart(decoder, positions.device)
         return self._sequences_kept_apart
 
     def count_positions(self, inputs: dict[str, Any], length: int) -> None:
@@ -200,10 +199,7 @@ class DecoderStreams(nn.Module, StreamLayer):
         if active is None or output is None:
             return None
         hidden = output[0].unflatten(0, (-1, active.num_streams))  # [B, P, S, D]
-        aggregator = self.parscale_aggregator[active.adapter]
-        # Several are stacked along the batch: [|P|*B, S, D], the first P first; then each stream.
-        parts = [aggregator(hidden[:, :p]) for p in active.p_values]
-        merged = torch.cat([*parts, *hidden.unbind(1)] if active.apart else parts)
+        merged = merge(self.parscale_aggregator[active.adapter], hidden, active)
         if isinstance(output, tuple):
             last = output[0]
             return tuple(_outside(part, last, merged) for part in output)

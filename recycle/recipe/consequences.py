@@ -9,10 +9,16 @@ from typing import Any, Literal
 
 from recycle.disk import expand
 
-from .fields import MAPPINGS, flatten
+from .fields import MAPPINGS, flatten, nest
 from .schema import Data, Recipe, Training
 
 OUTSIDE_IDENTITY = ("launch", "output", "logging")
+# What changes memory, time and rounding, or what is shown: a run may go on with others.
+FREE = (
+    *("training.micro_batch_size", "training.gradient_checkpointing", "evaluation.batch_size"),
+    *("stages.adapt.micro_batch_size", "stages.streams.micro_batch_size", "stages.streams.at_once"),
+    *("training.compile", "evaluation.samples"),
+)
 ADAPT_SHARE = 0.8  # of the budget
 StageName = Literal["adapt", "streams"]
 # Learning rates that were best at REFERENCE tokens in a step (scripts/measured/README.md). Those of
@@ -32,6 +38,8 @@ class Stage:
     rates: dict[str, float]
     """By what learns: "lora" or "full"; "prefix", "control", "aggregator" and, with all weights,
     "full"."""
+    sections: tuple[str, str]
+    """Where the recipe sets its micro-batch and its block size."""
 
     @property
     def steps(self) -> int:
@@ -74,7 +82,9 @@ def _stage(recipe: Recipe, name: StageName) -> Stage:
         x: RATES[x] * (growth if x in SCALED else 1) if rate is None else rate
         for x, rate in given.items()
     }
-    return Stage(name, training, data, rates)
+    micro_batch = f"stages.{name}" if own.micro_batch_size is not None else "training"
+    sections = micro_batch, f"stages.{name}.data" if own.data else "data"
+    return Stage(name, training, data, rates, sections)
 
 
 def stage_tokens(recipe: Recipe) -> dict[StageName, int]:
@@ -89,9 +99,9 @@ def stage_tokens(recipe: Recipe) -> dict[StageName, int]:
 
 
 def identity(recipe: Recipe) -> str:
-    """SHA-256 (hex) of all that decides the result: not launch, output, logging and samples."""
-    exclude = {"evaluation": {"samples"}} | dict.fromkeys(OUTSIDE_IDENTITY, True)
-    content = recipe.model_dump(mode="json", exclude=exclude)
+    """SHA-256 (hex) of what decides the result: not where, how fast, nor what is shown."""
+    free = dict.fromkeys((*OUTSIDE_IDENTITY, *FREE), True)
+    content = recipe.model_dump(mode="json", exclude=nest(free))
     canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return hashlib.sha256(canonical.encode()).hexdigest()
 
@@ -103,7 +113,7 @@ def differing_keys(a: Recipe, b: Recipe) -> list[str]:
         key
         for key in left | right
         if key.partition(".")[0] not in OUTSIDE_IDENTITY
-        and key != "evaluation.samples"
+        and key not in FREE
         and key not in MAPPINGS  # their entries have keys of their own
         and left.get(key) != right.get(key)
     ]
@@ -147,5 +157,5 @@ def notes(recipe: Recipe) -> dict[str, str]:
     if recipe.backbone.dtype == "auto":
         found["backbone.dtype"] = "becomes bfloat16 where this machine computes in it, else float32"
     if recipe.launch.device == "auto":
-        found["launch.device"] = "becomes cuda where there is a GPU, else cpu"
+        found["launch.device"] = "becomes cuda where there is such a GPU, else mps, else cpu"
     return found

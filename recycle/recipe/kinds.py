@@ -53,6 +53,27 @@ def _flag(value: object) -> object:
     return value
 
 
+def _checkpointing(value: object) -> object:
+    if value == "selective":
+        return value
+    try:
+        return _flag(value)
+    except PydanticCustomError:
+        raise _refuse("must be false, true or selective") from None
+
+
+def _micro_batch(value: object) -> object:
+    if value == "auto":
+        return value
+    try:
+        number = _whole(value)
+    except PydanticCustomError:
+        number = 0
+    if isinstance(number, int) and number >= 1:
+        return number
+    raise _refuse("must be a whole number of 1 or more, or auto")
+
+
 def _none(value: object) -> object:
     return None if value == "none" else value
 
@@ -100,6 +121,8 @@ Flag = Annotated[bool, BeforeValidator(_flag)]
 Whole = Annotated[int, BeforeValidator(_whole)]
 Real = Annotated[float, BeforeValidator(_real)]
 Count = Annotated[Whole, Field(ge=1)]  # how many, at least one
+MicroBatch = Annotated[int | Literal["auto"], BeforeValidator(_micro_batch)]
+Checkpointing = Annotated[bool | Literal["selective"], BeforeValidator(_checkpointing)]
 Seed = Annotated[Whole, Field(ge=0, lt=2**32)]
 Rate = Annotated[Real, Field(gt=0)]
 AtLeastTwo = Annotated[Whole, Field(ge=2)]

@@ -2,6 +2,7 @@
 
 import difflib
 import glob
+import importlib.util
 import json
 import os
 import re
@@ -134,6 +135,15 @@ def path_problem(kind: str, value: str) -> str:
     matches = glob.iglob(str(path), recursive=True) if glob.has_magic(value) else ()
     there = elsewhere or os.path.exists(path) or any(matches)
     return "" if there else f"there is no such file or folder (looked from {Path.cwd()})"
+
+
+def package_problem(tracker: str) -> str:
+    """What to install for a value of `logging.to`, where its package is not there."""
+    found = tracker != "none" and importlib.util.find_spec(tracker)
+    if tracker == "none" or (found and found.origin):  # a mere folder `wandb` has no origin
+        return ""
+    name = tracker if tracker == "wandb" else f"'recycle-lm[{tracker}]'"
+    return f"{tracker}: this needs {tracker}: pip install {name}"
 
 
 def key_hint(key: str) -> str:

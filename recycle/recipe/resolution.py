@@ -282,7 +282,7 @@ class _Draft:
                 values[key], self.origins[key] = value, f"{DEFAULT} with {cause}"
 
     def _missing_paths(self) -> Iterator[str]:
-        """Paths that are set and that the disk shows to be wrong."""
+        """Paths that are set and that the disk shows to be wrong, and a package."""
         paths = {"backbone.id": "model", "backbone.adapter": "adapter"}
         paths["stages.streams.start"] = "family"
         for key in self.values:
@@ -293,6 +293,8 @@ class _Draft:
             value = self.values.get(key)
             if kind and value and (problem := problems.path_problem(kind, value)):
                 yield f"{self.origins[key]}: {key} = {value}: {problem}"
+        if problem := problems.package_problem(self.values.get("logging.to", "none")):
+            yield f"{self.origins['logging.to']}: logging.to = {problem}"
 
 
 @cache

@@ -28,9 +28,13 @@ def contradictions(values: Mapping[str, Any], chosen: set[str]) -> Iterator[Brok
             next((k for k in keys if k.endswith(f".{name}")), None)
             for name in ("micro_batch_size", "batch_size")
         )
-        if micro and batch and values[batch] % values[micro]:
+        if micro and batch and values[micro] != "auto" and values[batch] % values[micro]:
             yield [micro, batch], "micro_batch_size must divide batch_size"
             break
+    at_once, streams = values.get("stages.streams.at_once"), values.get("streams")
+    if at_once and streams and at_once > max(streams):
+        rule = "at_once is at most the largest number of streams"
+        yield ["stages.streams.at_once", "streams"], rule
     yield from _budget(values, chosen)
     yield from _trained(values)
     yield from _loss_weights(values)

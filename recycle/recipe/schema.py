@@ -112,16 +112,20 @@ class Training(Section):
     """The whole budget in text tokens, of both stages; 0 keeps the untrained start."""
     batch_size: kinds.Count = 8
     """Blocks in an optimiser step."""
-    micro_batch_size: kinds.Count = 1
-    """Blocks in a forward pass; divides batch_size."""
+    micro_batch_size: kinds.MicroBatch = 1
+    """Blocks in a forward pass; divides batch_size. auto finds out before the training how many fit
+    into memory."""
     warmup: Warmup = 0.05
     """Fraction of the steps in which the learning rates rise."""
     decay: Decay = "cosine"
     """How the learning rates fall after the warm-up."""
     max_grad_norm: kinds.Rate = 1.0
     """Gradients are clipped to this norm."""
-    gradient_checkpointing: kinds.Flag = False
-    """Recompute activations in the backward pass: less memory, more time."""
+    gradient_checkpointing: kinds.Checkpointing = False
+    """Recompute activations in the backward pass: less memory, more time. selective keeps those of
+    matrix products and attention: more memory than true, less time."""
+    compile: kinds.Flag = False
+    """Compile each layer of the decoder for training: a minute more at its start, faster steps."""
     checkpoint_steps: kinds.Count = 50
     """Steps between two checkpoints."""
     validation_steps: kinds.Count = 50
@@ -139,8 +143,8 @@ class Stage(Section):
     """Text tokens that every adapter of this stage learns from."""
     batch_size: kinds.Count | None = None
     """Blocks in an optimiser step."""
-    micro_batch_size: kinds.Count | None = None
-    """Blocks in a forward pass."""
+    micro_batch_size: kinds.MicroBatch | None = None
+    """Blocks in a forward pass, or auto."""
     warmup: Warmup | None = None
     """Fraction of the steps in which the learning rates rise."""
     decay: Decay | None = None
@@ -183,6 +187,9 @@ class StreamsStage(Stage):
     """Of all other weights, where all learn."""
     loss_weights: dict[kinds.Whole, Annotated[kinds.Real, Field(ge=0)]] = {}
     """Weight of each P in the loss of a nested family; 1 where not given."""
+    at_once: kinds.Count | None = None
+    """Streams whose activations are held at once, null is all: less memory, more time. Where
+    micro_batch_size is auto and one block does not fit, it is found as well."""
     own_loss: Annotated[kinds.Real, Field(ge=0, le=1)] = 0.0
     """Share of the loss that is the mean of what each stream alone would have."""
     control: kinds.Flag = True
@@ -219,8 +226,13 @@ class Evaluation(Section):
 class Launch(Section):
     """Where it runs; no part of a recipe's identity."""
 
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto takes a GPU where there is one."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """auto takes a CUDA GPU where there is one, else Apple's (mps, untested), else the CPU."""
+    processes: kinds.Count | None = None
+    """Processes that share the work on this machine; null is one for each GPU. The batch stays."""
+    parallel: Literal["auto", "ddp", "fsdp"] = "auto"
+    """Every process holds the whole backbone (ddp), or a part of it (fsdp); auto takes fsdp where
+    the whole does not fit on a GPU."""
 
 
 class Output(Section):
@@ -235,6 +247,9 @@ class Logging(Section):
 
     steps: kinds.Count = 1
     """Steps between two lines of the training log."""
+    to: Literal["trackio", "tensorboard", "wandb", "none"] = "none"
+    """Also track the training there: trackio and tensorboard in the run folder's logs/, wandb on
+    its own server."""
 
 
 class Recipe(Section):

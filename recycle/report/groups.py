@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from string import ascii_uppercase
 from typing import Any
 
-from recycle.recipe.consequences import OUTSIDE_IDENTITY
+from recycle.recipe.consequences import FREE, OUTSIDE_IDENTITY
 from recycle.results import (
     ModelResult,
     Results,
@@ -21,7 +21,7 @@ from recycle.results import (
 from .markdown import format_table, join_blocks
 from .publication import hide_folders
 
-FREE = re.compile(r"name|training\.seed|(.*\.)?data\.seed|evaluation\.samples")
+ALIKE = re.compile(r"name|training\.seed|(.*\.)?data\.seed")
 """What runs of one recipe may differ in, beside all that is outside a recipe's identity."""
 
 
@@ -161,7 +161,9 @@ def _settings(run: Results) -> dict[str, Any]:
     kept = {
         key: value
         for key, value in flat.items()
-        if key.partition(".")[0] not in OUTSIDE_IDENTITY and not FREE.fullmatch(key)
+        if key.partition(".")[0] not in OUTSIDE_IDENTITY
+        and key not in FREE
+        and not ALIKE.fullmatch(key)
     }
     return kept | {
         "backbone fingerprint": run.backbone.fingerprint,

@@ -16,7 +16,6 @@ _PACKAGES = (
     "torch",
     "transformers",
     "peft",
-    "trl",
     "accelerate",
     "datasets",
     "tokenizers",

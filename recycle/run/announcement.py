@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from recycle import world
 from recycle.cost import PassCost, Work, total
 from recycle.cost.passes import pass_cost
 from recycle.cost.training import logits_gib
@@ -91,9 +92,10 @@ def announce(
         validation=[sum(len(x.input_ids) for x in each) for each in splits.validation],
         cost_of=cost_of,
         weights=(model.num_parameters(), model.dtype.itemsize),
-        steps_of=steps_done,
+        steps_of=lambda training: world.once(lambda: steps_done(training)),
     )
     seconds, gib = total([*trainings, backbone])
+    seconds /= world.size()
     gib = max(gib, alone.gib + _comparing(plan, model))
     parts = [
         f"{x.name} on {x.learned:,} tokens"
@@ -109,21 +111,21 @@ def announce(
 
 
 def _comparing(plan: RunPlan, model: Any) -> float:
-    """GiB of logits in a pass over test documents, where each stream alone has a loss as well."""
-    first, stage = plan.streams[0], plan.stages[-1]
-    positions = plan.recipe.evaluation.batch_size * stage.data.block_size
-    outputs = len(first.p_values) + first.num_streams
-    return logits_gib(positions * outputs, model.get_input_embeddings().num_embeddings)
+    """GiB of logits in a pass over test documents."""
+    positions = plan.recipe.evaluation.batch_size * plan.stages[-1].data.block_size
+    return logits_gib(positions, model.get_input_embeddings().num_embeddings)
 
 
 def _cost(plan: RunPlan, model: Any, active: Any) -> PassCost:
     stage = plan.stages[0 if active is None else -1]
-    with OutputHead(model) as head:
+    size = stage.training.micro_batch_size
+    at_once = None if active is None else plan.streams[0].at_once
+    with OutputHead(model, at_once) as head:
         return pass_cost(
             model,
             head.log_probs,
             active,
             block_size=stage.data.block_size,
-            micro_batch_size=stage.training.micro_batch_size,
+            micro_batch_size=1 if size == "auto" else size,
             gradient_checkpointing=stage.training.gradient_checkpointing,
         )

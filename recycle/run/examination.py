@@ -30,7 +30,8 @@ from recycle.recipe import Data
 from recycle.results import Results, TaskResult
 
 from .asked import ANSWERS, HUMANEVAL, Asked
-from .folder import CHECKPOINTS, RESULTS, Found, RunError, claimed
+from .claim import claimed
+from .folder import CHECKPOINTS, RESULTS, Found, RunError
 from .plan import RunPlan, plan_run
 from .streams import own_foundation
 from .weights import foundation, load_compared

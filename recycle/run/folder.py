@@ -1,13 +1,10 @@
-"""The run folder: whose it is, whether it is finished, and who is writing it."""
+"""The run folder: whose it is, and whether it is finished."""
 
 import re
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-from filelock import FileLock, Timeout
 
 from recycle import results
 from recycle.errors import RecycleError
@@ -28,6 +25,7 @@ from .settle import as_before, with_absolute_paths
 
 RESULTS = "results.json"
 CHECKPOINTS = "checkpoints"
+DATA = f"{CHECKPOINTS}/data"  # as read and tokenised
 OF_DATA = re.compile(r": (stages\.\w+\.)?data\.")  # in a message on a path
 PRECISION = ("backbone.dtype", "backbone.quantization")  # which `recycle eval` may change
 
@@ -102,7 +100,7 @@ def saved_recipe(recipe: Recipe, folder: Path) -> Recipe | None:
 def _only_begun(folder: Path) -> bool:
     """Whether a folder is empty, or holds what a run leaves that was killed before its recipe."""
     begun = {folder / CHECKPOINTS, folder / CHECKPOINTS / "lock", folder / f".{RECIPE}.tmp"}
-    return begun.issuperset(folder.rglob("*"))
+    return begun.issuperset(x for x in folder.rglob("*") if folder / DATA not in (x, *x.parents))
 
 
 def finished_results(folder: Path) -> Results | None:
@@ -171,7 +169,8 @@ def find_finished(
             f"evaluation and launch, {' and '.join(PRECISION)} only, got {', '.join(fixed)}."
         )
     moved = [] if backbone is None else [f"backbone.id={backbone}", "backbone.revision=null"]
-    resolved = resolve(str(folder / RECIPE), [*overrides, *moved])
+    # Nothing is trained, so that no tracker has to be there.
+    resolved = resolve(str(folder / RECIPE), [*overrides, *moved, "logging.to=none"])
     if missing := [x for x in resolved.missing if needs_data or not OF_DATA.search(x)]:
         raise RecipeError(resolved.chosen, missing)
     return Found(with_absolute_paths(resolved.recipe), folder, results.read(folder / RESULTS))
@@ -198,32 +197,3 @@ def kept(folder: Path) -> str:
     if not found:
         return "Stopped before the first checkpoint: nothing was kept."
     return f"Stopped; {', '.join(found)}. The same command goes on from there."
-
-
-@contextmanager
-def claimed(folder: Path) -> Iterator[None]:
-    """Hold a run folder against other processes, from the first write on.
-
-    The lock lies among the checkpoints and goes with them when the run is finished.
-
-    Raises:
-        RunError: Another process holds it, or the place cannot be written.
-    """
-    lock = FileLock(folder / CHECKPOINTS / "lock")
-    try:
-        (folder / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise RunError(
-            f"Another process is running in {folder}. Wait for it, or choose another folder with "
-            "output.dir=FOLDER."
-        ) from None
-    except OSError as error:
-        raise RunError(
-            f"Cannot write in {folder}: {error.strerror}. Choose another folder with "
-            "output.dir=FOLDER."
-        ) from None
-    try:
-        yield
-    finally:
-        lock.release()

@@ -1,6 +1,6 @@
 """What a recipe takes, from the model's config alone: `recycle plan`."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from recycle.backbone.skeleton import load_skeleton
@@ -85,19 +85,28 @@ def forecast(
     adapt = recipe.stages.adapt
     lora = lora_parameters(skeleton, adapt.rank, adapt.target_modules)
     site = shape, numbers, gpu
-    learners = {x.adapter: _learner(x, shape, prefix, lora) for x in plan.trainings}
+    learners = {x.adapter: learner(x, shape, prefix, lora) for x in plan.trainings}
 
     last = plan.stages[-1]
     bare = Learner((1,), 0, False, last.data.block_size, 0)
 
+    weights = (skeleton.num_parameters(), numbers.bytes)
+    all_weights = PassCost(0, 0, 0).with_all_weights(*weights).gib
+
+    def size_of(training: TrainingPlan | None) -> int:
+        settings = training.settings if training else last.training
+        if settings.micro_batch_size != "auto" or training is None:
+            return 1 if settings.micro_batch_size == "auto" else settings.micro_batch_size
+        batch, again = settings.batch_size, settings.gradient_checkpointing
+        more = all_weights * training.all_weights
+        return largest_micro_batch(*site, learners[training.adapter], batch, again, more) or 1
+
     def cost_of(training: TrainingPlan | None) -> PassCost:
         settings = training.settings if training else last.training
         learner = learners[training.adapter] if training else bare
-        size, again = settings.micro_batch_size, settings.gradient_checkpointing
-        return training_cost(*site, learner, size, again)
+        return training_cost(*site, learner, size_of(training), settings.gradient_checkpointing)
 
     data = [stage.data for stage in plan.stages]  # a block of each document is read
-    weights = (skeleton.num_parameters(), numbers.bytes)
     found, alone = works(
         plan,
         test=data[-1].test_documents * data[-1].block_size,
@@ -107,7 +116,7 @@ def forecast(
     )
     seconds, gib = total([*found, alone])
     trainings = tuple(
-        _training(training, learners[training.adapter], work, cost_of(training), site)
+        _training(training, learners[training.adapter], work, cost_of(training), site, size_of)
         for training, work in zip(plan.trainings, found, strict=True)
     )
     most, head = p_values[-1], shape.head * numbers.bytes / 2**30
@@ -132,7 +141,8 @@ def forecast(
     )
 
 
-def _learner(training: TrainingPlan, shape: Shape, prefix: int, lora: int) -> Learner:
+def learner(training: TrainingPlan, shape: Shape, prefix: int, lora: int) -> Learner:
+    """What learns in a training, with so many parameters of a LoRA."""
     streams = training.active is not None
     learned = 0 if training.all_weights else lora
     if streams:
@@ -144,6 +154,7 @@ def _learner(training: TrainingPlan, shape: Shape, prefix: int, lora: int) -> Le
         block_size=training.block_size,
         prefix=prefix * streams,
         apart=training.own_loss > 0,
+        at_once=training.at_once,
     )
 
 
@@ -153,6 +164,7 @@ def _training(
     work: Work,
     frozen: PassCost,
     site: tuple[Shape, Numbers, Gpu],
+    size_of: Callable[[TrainingPlan], int],
 ) -> TrainingForecast:
     """One training; `frozen` is its cost without weights that learn."""
     settings, all_weights = training.settings, site[0].parameters * training.all_weights
@@ -166,7 +178,7 @@ def _training(
         flops=per_token * work.learned * work.cost.learning / frozen.learning,
         seconds=work.learned * work.cost.learning,
         memory_gib=work.cost.gib,
-        micro_batch_size=settings.micro_batch_size,
+        micro_batch_size=size_of(training),
         fits=largest_micro_batch(*site, learner, batch, False, more),
         fits_with_checkpointing=largest_micro_batch(*site, learner, batch, True, more),
     )

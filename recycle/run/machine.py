@@ -45,21 +45,27 @@ def check_environment() -> None:
 
 
 def device_of(launch: Launch) -> str:
-    """The device that a run takes: "cpu" or "cuda".
+    """The device that a run takes: "cpu", "cuda" or "mps".
 
     Raises:
         RunError: There is no GPU, or more than one.
     """
     check_environment()
-    if launch.device == "cuda" and not torch.cuda.is_available():
-        raise RunError("launch.device=cuda, but torch sees no CUDA device. Use launch.device=auto.")
-    device = launch.device
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.mps.is_available(), "cpu": True}
+    device: str = launch.device
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and torch.cuda.device_count() > 1:
+        device = next(name for name, available in there.items() if available)
+    elif not there[device]:
+        name = device.upper()
         raise RunError(
-            f"A run trains on one GPU, and torch sees {torch.cuda.device_count()}. Choose one with "
-            "CUDA_VISIBLE_DEVICES=0."
+            f"launch.device={device}, but torch sees no {name} device. Use launch.device=auto."
+        )
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if device == "cuda" and torch.cuda.device_count() < local:
+        raise RunError(
+            f"Each process takes a GPU of its own: there are {local} processes on this machine, "
+            f"and torch sees {torch.cuda.device_count()} GPUs. Set launch.processes to at most "
+            "that."
         )
     return device
 
@@ -70,6 +76,8 @@ def with_dtype(backbone: Backbone, device: str) -> Backbone:
         return backbone
     if device == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif device == "mps":
+        native = torch.backends.mps.is_macos_or_newer(14, 0)
     else:
         native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return backbone.model_copy(update={"dtype": "bfloat16" if native else "float32"})
@@ -79,6 +87,9 @@ def describe(device: str) -> results.Hardware:
     """The machine, for the record."""
     if device == "cpu":
         return results.hardware()
+    if device == "mps":  # of the main memory, the part that torch may take
+        memory = torch.mps.recommended_max_memory() / 2**30
+        return results.hardware(torch.backends.mps.get_name(), memory)
     properties = torch.cuda.get_device_properties(0)
     return results.hardware(properties.name, properties.total_memory / 2**30)
 

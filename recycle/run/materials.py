@@ -8,10 +8,11 @@ from typing import Any
 
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HTTPError
+from pyarrow import compute as pc
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from recycle import data, results
-from recycle.backbone import Source, load_backbone
+from recycle import data, results, world
+from recycle.backbone import Source
 from recycle.backbone.fingerprint import Fingerprint, differences
 from recycle.backbone.source import ADAPTER, ADAPTER_WEIGHTS, fetched
 from recycle.cost.shape import count_outside_embeddings
@@ -23,6 +24,7 @@ from recycle.progress import Silent
 from recycle.recipe import Data, Recipe, Stage
 
 from .folder import CHECKPOINTS, RunError
+from .placement import load, place
 from .plan import RunPlan
 from .settle import settled
 
@@ -72,8 +74,16 @@ class Materials:
         return settled(recipe, found)
 
 
-def load_materials(plan: RunPlan, progress: Silent) -> tuple[PreTrainedModel, Materials]:
+def load_materials(
+    plan: RunPlan, progress: Silent, prepared: Path | None = None
+) -> tuple[PreTrainedModel, Materials]:
     """Load the backbone and read the data.
+
+    Args:
+        plan: The run's.
+        progress: Shows how far it is.
+        prepared: Folder of data that were read before, or where they are to be kept; None reads
+            them into memory.
 
     Raises:
         RunError: Blocks are longer than the backbone's window, or the tokenizer is another model's.
@@ -81,28 +91,31 @@ def load_materials(plan: RunPlan, progress: Silent) -> tuple[PreTrainedModel, Ma
     """
     recipe = plan.recipe
     progress.start("loading the backbone (a file in a package is first dequantised, once)")
-    model, tokenizer, source = load_backbone(recipe.backbone, plan.device)
+    model, tokenizer, source = load(plan)
+    packs = keeps_sequences_apart(find_decoder(model), model.device)  # past the hooks of sharding
+    place(plan, model)
     for stage in plan.stages:
         _check_window(recipe, stage, model)
-    decoder = find_decoder(model)
-    splits = data.prepare(
-        plan.data,
-        tokenizer,
-        num_virtual_tokens=recipe.method.num_virtual_tokens,
-        num_starts=plan.num_starts,
-        packs=keeps_sequences_apart(decoder, model.device),
-        progress=progress,
-    )
+
+    def prepare() -> data.Splits:
+        return data.prepare(
+            plan.data,
+            tokenizer,
+            num_virtual_tokens=recipe.method.num_virtual_tokens,
+            num_starts=plan.num_starts,
+            packs=packs,
+            progress=progress,
+        )
+
+    splits = prepare() if prepared is None else data.keep(prepared, prepare)
     _check_tokens(splits, model)
     # Licences are asked for now: nothing that can fail or hang may stand between the last step and
     # results.json.
-    records = tuple(
-        _data_record(stage.data, facts)
-        for stage, facts in zip(plan.stages, splits.facts, strict=True)
-    )
-    backbone = _backbone_record(recipe, model, source)
+    read = list(zip(plan.stages, splits.facts, strict=True))
+    records = world.once(lambda: tuple(_data_record(stage.data, facts) for stage, facts in read))
+    backbone = world.once(lambda: _backbone_record(recipe, model, source))
     sections = tuple(_section(recipe, stage) for stage in plan.stages)
-    commit = _adapter_commit(recipe)
+    commit = world.once(lambda: _adapter_commit(recipe))
     samples = Samples.of(splits.test, recipe.evaluation.samples)
     materials = Materials(tokenizer, source, splits, backbone, records, sections, samples, commit)
     return model, materials
@@ -171,9 +184,11 @@ def _check_tokens(splits: data.Splits, model: PreTrainedModel) -> None:
     """Refuse data with token ids that the model has no embedding for."""
     size = model.get_input_embeddings().num_embeddings
     documents = [*splits.test, *(x for each in splits.validation for x in each)]
-    rows = [document.input_ids for document in documents] + splits.starts.tolist()
-    rows += [ids for train in splits.train for ids in train["input_ids"]]
-    largest = max(map(max, rows))
+    largest = max(*(max(x.input_ids) for x in documents), *splits.starts.flatten().tolist())
+    for rows in splits.train:
+        if len(rows):
+            column = rows.with_format("arrow")["input_ids"]
+            largest = max(largest, pc.max(pc.list_flatten(column)).as_py())
     if largest >= size:
         raise RunError(
             f"The tokenizer gives token {largest}, and the backbone has embeddings for 0 to "
@@ -197,12 +212,11 @@ def check_basis(folder: Path, materials: Materials, dtype: str) -> None:
     """Record what a run's checkpoints are made on, or compare it with the record.
 
     Raises:
-        RunError: The checkpoints were made on another backbone, other data, or in other arithmetic.
+        RunError: The checkpoints were made on another backbone, or in other arithmetic.
     """
     record = folder / CHECKPOINTS / BASIS
     backbone = materials.source.fingerprint
-    data_hashes = [facts["sha256"] for facts in materials.splits.facts]
-    now = {"backbone": backbone.to_dict(), "dtype": dtype, "data": data_hashes}
+    now = {"backbone": backbone.to_dict(), "dtype": dtype}
     if not record.is_file():
         write_atomically(record, json.dumps(now).encode())
         return
@@ -216,8 +230,6 @@ def check_basis(folder: Path, materials: Materials, dtype: str) -> None:
         ) from None
     if before["dtype"] != dtype:
         differing.append(f"it computed in {before['dtype']}, and this machine in {dtype}")
-    if before["data"] != data_hashes:
-        differing.append("the data were others (their SHA-256 differs)")
     if differing:
         raise RunError(
             f"{folder} was begun with something else than there is now: {'; '.join(differing)}. "

@@ -8,10 +8,12 @@ from recycle.family import CONTROL, NESTED
 from recycle.recipe import Recipe, Stage, stages
 from recycle.results import ADAPTED, LORA, WEIGHTS
 from recycle.train import TrainingPlan
+from recycle.train.plan import Tracking
 
 from .folder import CHECKPOINTS, Found, RunError
 from .machine import device_of, with_dtype
 
+LOGS = "logs"  # what training is tracked in
 COMPARED = "compared"  # the training, and its folder, of the weights that streams are compared with
 
 
@@ -31,6 +33,8 @@ class RunPlan:
     streams: tuple[TrainingPlan, ...]
     """One after the other. The one with the most streams comes first, so that what does not fit
     into memory shows at once."""
+    sharded: bool = False
+    """Whether each process holds a part of the backbone, see `placement.py`."""
 
     @property
     def trainings(self) -> tuple[TrainingPlan, ...]:
@@ -76,7 +80,7 @@ def plan_on(recipe: Recipe, folder: Path, device: str) -> RunPlan:
     Args:
         recipe: With a settled dtype.
         folder: The run's.
-        device: "cpu" or "cuda".
+        device: "cpu", "cuda" or "mps".
 
     Raises:
         RunError: The dtype is none that weights can learn in.
@@ -135,6 +139,8 @@ def _compared(
         folder=checkpoints / COMPARED,
         dtype=recipe.backbone.dtype,
         in_order=True,
+        tracking=_tracking(recipe, checkpoints, COMPARED),
+        sections=first.sections,
     )
 
 
@@ -164,4 +170,12 @@ def _training(
         dtype=recipe.backbone.dtype,
         loss_weights=recipe.stages.streams.loss_weights,
         own_loss=recipe.stages.streams.own_loss if p_values[-1] > 1 else 0.0,
+        tracking=_tracking(recipe, checkpoints, name),
+        at_once=recipe.stages.streams.at_once if p_values[-1] > 1 else None,
+        sections=stage.sections,
     )
+
+
+def _tracking(recipe: Recipe, checkpoints: Path, training: str) -> Tracking | None:
+    to = recipe.logging.to
+    return None if to == "none" else Tracking(to, recipe.name, checkpoints.parent / LOGS, training)

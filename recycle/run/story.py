@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from recycle import report, results
+from recycle import report, results, world
 from recycle.backbone.sample import linear_modules, watch
 from recycle.cost.passes import peak_memory
 from recycle.disk import write_atomically
@@ -23,11 +23,13 @@ from recycle.results import Measurement, Results
 from recycle.train.checkpoints import writing
 
 from .announcement import announce
-from .folder import CHECKPOINTS, RECIPE, RESULTS, Found, RunError, claimed, finished_results
+from .claim import claimed
+from .folder import CHECKPOINTS, DATA, RECIPE, RESULTS, Found, RunError, finished_results
 from .folder import saved_recipe as saved_recipe_of
 from .forecast import estimate_run
-from .machine import describe
+from .machine import describe, device_of
 from .materials import Materials, check_basis, load_materials
+from .parallel import in_parallel
 from .plan import RunPlan, plan_run
 from .streams import states_to_start_from, train_streams
 from .weights import (
@@ -55,20 +57,27 @@ def run_recipe(found: Found, command: str, console: Console) -> Results:
         BackboneError, DataError, TrainingError: See there; once that is put right, the same call
             goes on.
     """
+    with world.joined(device_of(found.recipe.launch)):
+        plan = world.once(lambda: in_parallel(plan_run(found)))
+        return _carry_out(plan, command, console)
+
+
+def _carry_out(plan: RunPlan, command: str, console: Console) -> Results:
     started = time.perf_counter()
-    plan = plan_run(found)
-    backbone = plan.recipe.backbone
-    console.print(f"Backbone: {backbone.id} in {backbone.dtype} on {plan.device}")
+    backbone, processes = plan.recipe.backbone, world.size()
+    many = f", {processes} processes" if processes > 1 else ""
+    many += ", each with a part of it" if plan.sharded else ""
+    console.print(f"Backbone: {backbone.id} in {backbone.dtype} on {plan.device}{many}")
     for text in dict.fromkeys(f"{x.data.source} {x.data.path or ''}" for x in plan.stages):
         console.print(f"Data: {text}".rstrip())
-    with display(console) as progress:
-        model, materials = load_materials(plan, progress)
+    with display(console) as progress, claimed(plan.folder):
+        model, materials = load_materials(plan, progress, plan.folder / DATA)
         recipe = materials.settle(plan.recipe)
         adapter = find_adapter(plan, materials, model)
         starts = states_to_start_from(plan)
         setup = time.perf_counter() - started
 
-        with claimed(plan.folder):
+        def settle_folder() -> None:
             if saved_recipe_of(recipe, plan.folder) and finished_results(plan.folder):
                 raise RunError(
                     f"Another process has just finished {plan.folder}. Run again to see it."
@@ -76,27 +85,37 @@ def run_recipe(found: Found, command: str, console: Console) -> Results:
             write_atomically(plan.folder / RECIPE, dump(recipe).encode())
             check_basis(plan.folder, materials, str(model.dtype))
             bring_adapter(adapter, plan.folder)
-            seconds, gib = announce(plan, materials, model, progress)
-            estimates = estimate_run(plan)
-            base, trainings = Foundation(model, materials.source), []
-            measured: list[Measurement] = []
-            if plan.leaves_backbone:
-                measured += measure_backbone(plan, materials, model, progress)
-                untouched = watch(model, linear_modules(model))
-                del model, base  # before another one is loaded
-                trainings += train_compared(plan, materials, progress)
-                trainings += adapt(plan, materials, progress)
-                measured += measure_compared(plan, materials, progress)
-                base = foundation(plan, untouched)
-            streams, records = train_streams(plan, materials, base, starts, progress)
-            trainings += records
+
+        world.once(settle_folder)
+        seconds, gib = announce(plan, materials, model, progress)
+        base, trainings = Foundation(model, materials.source), []
+        measured: list[Measurement] = []
+        if plan.leaves_backbone:
+            measured += measure_backbone(plan, materials, model, progress)
+            untouched = watch(model, linear_modules(model))
+            del model, base  # before another one is loaded
+            trainings += train_compared(plan, materials, progress)
+            trainings += adapt(plan, materials, progress)
+            measured += measure_compared(plan, materials, progress)
+            base = foundation(plan, untouched)
+        streams, records = train_streams(plan, materials, base, starts, progress)
+        trainings += records
+
+        started = time.perf_counter()
+        measured += measure_streams(plan, materials, streams, progress)
+        measured = results.with_training(measured, trainings)
+        wall_seconds = results.WallSeconds(
+            announced=seconds,
+            setup=setup,
+            training=sum(training.wall_seconds for training in trainings),
+            evaluation=time.perf_counter() - started,
+        )
+        taken = peak_memory(torch.device(plan.device)) / 2**30
+        memory = results.MemoryGib(announced=gib, taken=max(world.gather(taken)))
+
+        def write() -> Results:
             with writing(plan.folder):
                 materials.tokenizer.save_pretrained(plan.folder)
-
-            started = time.perf_counter()
-            measured += measure_streams(plan, materials, streams, progress)
-            measured = results.with_training(measured, trainings)
-            evaluation = time.perf_counter() - started
             record = Results(
                 name=recipe.name,
                 date=datetime.now(UTC),
@@ -112,16 +131,9 @@ def run_recipe(found: Found, command: str, console: Console) -> Results:
                 training=tuple(trainings),
                 documents=materials.documents,
                 models=results.compare(materials.documents, measured),
-                wall_seconds=results.WallSeconds(
-                    announced=seconds,
-                    setup=setup,
-                    training=sum(training.wall_seconds for training in trainings),
-                    evaluation=evaluation,
-                ),
-                memory_gib=results.MemoryGib(
-                    announced=gib, taken=peak_memory(torch.device(plan.device)) / 2**30
-                ),
-                estimates=estimates,
+                wall_seconds=wall_seconds,
+                memory_gib=memory,
+                estimates=estimate_run(plan),
                 samples=materials.samples.records(
                     materials.tokenizer, [row.name for row in measured]
                 ),
@@ -129,6 +141,9 @@ def run_recipe(found: Found, command: str, console: Console) -> Results:
             results.write(record, plan.folder / RESULTS)
             report.write_report(record, plan.folder)
             shutil.rmtree(plan.folder / CHECKPOINTS, ignore_errors=True)
+            return record
+
+        record = world.once(write)
     console.print(results.rich_table(record))
     console.print(f"Report: {plan.folder / 'report.html'}")
     return record
@@ -165,7 +180,10 @@ def measure_streams(
     passes = narrowed(passes, p)
     settings, samples = plan.recipe.evaluation, materials.samples
     test, tokenizer = materials.splits.test, materials.tokenizer
-    measured = measure(model, passes, test, settings, tokenizer, progress, parameters, samples)
+    at_once = plan.recipe.stages.streams.at_once
+    measured = measure(
+        model, passes, test, settings, tokenizer, progress, parameters, samples, at_once
+    )
     more = [x.adapter_parameters + own for x in measured]
     return [
         x.model_copy(update={"adapter_parameters": n}) for x, n in zip(measured, more, strict=True)

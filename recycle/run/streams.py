@@ -6,8 +6,10 @@ from peft import PeftModelForCausalLM
 from peft.utils import set_peft_model_state_dict
 from torch import Tensor
 
+from recycle import world
 from recycle.backbone import load_backbone
 from recycle.backbone.fingerprint import fingerprint_model
+from recycle.backbone.sample import take_sample
 from recycle.family import Family, FamilyError
 from recycle.family.adapters import attach, save_family
 from recycle.family.folder import BACKBONE, find_folder, read_members
@@ -59,11 +61,17 @@ def train_streams(
             train(model, training, splits.train[-1], splits.validation[-1], batch_size, progress)
         )
     if not plan.streams[0].all_weights:
-        with writing(plan.folder):
-            save_family(model, plan.folder, foundation.source.fingerprint, foundation.before)
+        sample = take_sample(model.get_base_model(), foundation.before)
+        basis = foundation.source.fingerprint, sample
+        world.once(lambda: _save(model, plan, *basis))
         return model, tuple(records)
     round_weights(model.get_base_model(), dtypes)
     return _with_own_backbone(model, plan, materials), tuple(records)
+
+
+def _save(model: PeftModelForCausalLM, plan: RunPlan, *basis: Any) -> None:
+    with writing(plan.folder):
+        save_family(model, plan.folder, *basis)
 
 
 def states_to_start_from(plan: RunPlan) -> States:
@@ -106,11 +114,15 @@ def _with_own_backbone(
     """Write weights that learned together with the streams, and the family; load it from there."""
     folder = plan.folder / BACKBONE
     causal_lm = model.get_base_model()
-    weights = {k: x for k, x in causal_lm.state_dict().items() if "parscale_" not in k}
-    with writing(folder):
-        causal_lm.save_pretrained(folder, state_dict=weights)
-        materials.tokenizer.save_pretrained(folder)
-        save_family(model, plan.folder, fingerprint_model(folder.absolute()))
+
+    def save() -> None:
+        weights = {k: x for k, x in causal_lm.state_dict().items() if "parscale_" not in k}
+        with writing(folder):
+            causal_lm.save_pretrained(folder, state_dict=weights)
+            materials.tokenizer.save_pretrained(folder)
+            save_family(model, plan.folder, fingerprint_model(folder.absolute()))
+
+    world.once(save)
     base = own_foundation(plan)
     assert base is not None
     return attach(base.model, read_members(plan.folder, Family.read(plan.folder)), plan.folder)

@@ -14,7 +14,8 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from recycle.backbone import BackboneError, Source, load_backbone
+from recycle import world
+from recycle.backbone import BackboneError, Source
 from recycle.backbone.header import read_header
 from recycle.backbone.lora import check_lora, lora_targets, put_lora
 from recycle.backbone.sample import watch
@@ -25,14 +26,18 @@ from recycle.family import ADAPTED, Family
 from recycle.family.adapters import check_backbone
 from recycle.family.folder import find_folder, find_lora, read_members
 from recycle.progress import Silent
+from recycle.recipe.consequences import FREE
 from recycle.results import Measurement, TrainingRecord
 from recycle.train import TrainingPlan, add_lora, free_weights, train
 from recycle.train.checkpoints import is_complete, seal, writing
 
 from .folder import RunError, next_to
 from .materials import Materials
+from .placement import load, place
 from .plan import RunPlan
 
+# Fields of `training` that change no more than memory, time and rounding.
+NOT_LEARNED = {"checkpoint_steps"} | {x.removeprefix("training.") for x in FREE}
 BASIS, TRAINING = "basis.json", "training.json"  # beside what a first stage left
 
 
@@ -84,14 +89,20 @@ def adapt(plan: RunPlan, materials: Materials, progress: Silent) -> list[Trainin
     folder = plan.folder / ADAPTED
     if plan.adapt is None:
         return []
-    if not is_complete(folder) and (earlier := _earlier(plan, materials)):
-        progress.say(f"{folder} is that of {earlier.parent}, which learned the same")
-        with writing(folder):
-            shutil.rmtree(folder, ignore_errors=True)
-            shutil.copytree(earlier, folder)
+    world.once(lambda: _take_earlier(plan, materials, folder, progress))
     return [
         _train_weights(plan, materials, plan.adapt, materials.splits.train[0], folder, progress)
     ]
+
+
+def _take_earlier(plan: RunPlan, materials: Materials, folder: Path, progress: Silent) -> None:
+    """Copy the first stage of an earlier run that learned the same."""
+    if is_complete(folder) or not (earlier := _earlier(plan, materials)):
+        return
+    progress.say(f"{folder} is that of {earlier.parent}, which learned the same")
+    with writing(folder):
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(earlier, folder)
 
 
 def foundation(plan: RunPlan, untouched: Mapping[str, Tensor] = MappingProxyType({})) -> Foundation:
@@ -103,8 +114,8 @@ def foundation(plan: RunPlan, untouched: Mapping[str, Tensor] = MappingProxyType
     """
     folder = plan.folder / ADAPTED
     if not folder.is_dir():
-        model, _, source = load_backbone(plan.recipe.backbone, plan.device)
-        return Foundation(model, source)
+        model, _, source = load(plan)
+        return Foundation(place(plan, model), source)
     model, source, before = _adapted(plan, folder)
     return Foundation(model, source, untouched if before is None else before)
 
@@ -118,9 +129,9 @@ def _train_weights(
     progress: Silent,
 ) -> TrainingRecord:
     """Train a LoRA, or all weights, of a fresh backbone; leave a plain adapter, or a model."""
-    if is_complete(folder):
+    if world.once(lambda: is_complete(folder)):
         return TrainingRecord.model_validate_json((folder / TRAINING).read_text())
-    backbone, _, _ = load_backbone(plan.recipe.backbone, plan.device)
+    backbone = place(plan, load(plan)[0])
     dtypes = {name: x.dtype for name, x in backbone.named_parameters()}
     stage, batch_size = plan.recipe.stages.adapt, plan.recipe.evaluation.batch_size
     model: Any = (
@@ -129,17 +140,21 @@ def _train_weights(
     # Weights that are compared choose their best point as the streams do.
     validation = materials.splits.validation[0 if training is plan.adapt else -1]
     record = train(model, training, blocks, validation, batch_size, progress)
-    with writing(folder):
-        shutil.rmtree(folder, ignore_errors=True)  # of a process that was killed
-        if training.all_weights:
-            round_weights(backbone, dtypes)
-            backbone.save_pretrained(folder)
-            materials.tokenizer.save_pretrained(folder)
-        else:
-            _save_lora(model, folder, plan)
-        write_atomically(folder / BASIS, json.dumps(_basis(plan, materials)).encode())
-        write_atomically(folder / TRAINING, record.model_dump_json().encode())
-        seal(folder)
+
+    def save() -> None:
+        with writing(folder):
+            shutil.rmtree(folder, ignore_errors=True)  # of a process that was killed
+            if training.all_weights:
+                round_weights(backbone, dtypes)
+                backbone.save_pretrained(folder)
+                materials.tokenizer.save_pretrained(folder)
+            else:
+                _save_lora(model, folder, plan)
+            write_atomically(folder / BASIS, json.dumps(_basis(plan, materials)).encode())
+            write_atomically(folder / TRAINING, record.model_dump_json().encode())
+            seal(folder)
+
+    world.once(save)
     return record
 
 
@@ -175,11 +190,11 @@ def _adapted(
     backbone = plan.recipe.backbone
     if not (folder / ADAPTER).is_file():
         backbone = backbone.model_copy(update={"id": str(folder.absolute()), "revision": None})
-        model, _, source = load_backbone(backbone, plan.device)
-        return model, source, None
-    model, _, source = load_backbone(backbone, plan.device)
+        model, _, source = load(plan, backbone)
+        return place(plan, model), source, None
+    model, _, source = load(plan)
     before = watch(model, lora_targets(folder))
-    return put_lora(model, folder), source, before
+    return place(plan, put_lora(model, folder)), source, before
 
 
 def find_adapter(plan: RunPlan, materials: Materials, model: PreTrainedModel) -> Path | None:
@@ -242,7 +257,7 @@ def _basis(plan: RunPlan, materials: Materials) -> dict[str, Any]:
             mode="json", include={"train", "rank", "alpha", "target_modules"}
         ),
         "rates": stage.rates,
-        "training": stage.training.model_dump(mode="json", exclude={"checkpoint_steps"}),
+        "training": stage.training.model_dump(mode="json", exclude=NOT_LEARNED),
         "block_size": stage.data.block_size,
         "seed": stage.data.seed,
         "data": materials.splits.facts[0]["sha256"]["train"],

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from recycle import world
 from recycle.parscale import ActiveStreams
 from recycle.recipe import Training
 from recycle.results import TrainingRecord
@@ -18,6 +19,24 @@ RATE_FIELDS = {
 ADVICE = (
     "The last good checkpoint is kept. Lower {}, and start in a new folder with output.dir=FOLDER."
 )
+
+
+@dataclass(frozen=True)
+class Tracking:
+    """Where the numbers of one training are tracked."""
+
+    to: str
+    """"trackio", "tensorboard" or "wandb"."""
+    project: str
+    """The recipe's name."""
+    folder: Path
+    """The run's, for all logs; they outlive the checkpoints."""
+    training: str
+
+    @property
+    def run(self) -> str:
+        """What the training is called beside those of other run folders."""
+        return f"{self.folder.parent.name}/{self.training}"
 
 
 @dataclass(frozen=True)
@@ -49,6 +68,11 @@ class TrainingPlan:
     """Rows are read one after the other, the first stage's before the second's."""
     own_loss: float = 0.0
     """Share of the loss that is the mean of what each stream alone would have."""
+    tracking: Tracking | None = None
+    at_once: int | None = None
+    """Streams whose activations are held at once; None is all."""
+    sections: tuple[str, str] = ("training", "data")
+    """Where its recipe sets the micro-batch and the block size."""
 
     @property
     def active(self) -> ActiveStreams | None:
@@ -66,6 +90,18 @@ class TrainingPlan:
         """The same without the backbone's own weights."""
         rates = {group: rate for group, rate in self.learning_rates.items() if group != "full"}
         return replace(self, learning_rates=rates)
+
+    @property
+    def micro_batch_size(self) -> int:
+        """Blocks in a forward pass of a process, once `fit` has settled their most."""
+        most, blocks = self.settings.micro_batch_size, self.blocks_per_process
+        assert most != "auto"
+        return max(n for n in range(1, min(most, blocks) + 1) if blocks % n == 0)
+
+    @property
+    def blocks_per_process(self) -> int:
+        """Blocks of a step that each process takes."""
+        return self.settings.batch_size // world.size()
 
     @property
     def num_streams(self) -> int:

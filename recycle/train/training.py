@@ -8,16 +8,21 @@ from typing import Any
 
 import datasets
 
+from recycle import preemption, world
+from recycle.cost.shortage import enough_memory
 from recycle.data import Document
 from recycle.disk import write_atomically
 from recycle.evaluate import OutputHead
 from recycle.progress import Silent
 from recycle.results import TrainingRecord
 
-from .checkpoints import RECORD, is_complete, last_checkpoint, seal, writing
+from .checkpoints import RECORD, TrainingError, is_complete, last_checkpoint, seal, writing
+from .fitting import fit
 from .learned import learned_parameters, load_learned, save_learned
 from .plan import TrainingPlan, first_record
+from .shortage import in_training
 from .trainer import BEST, LEARNED, StreamTrainer
+from .validation import Validation
 
 FINISHED = "finished"  # folder of a finished training: its seal makes it one
 
@@ -46,40 +51,68 @@ def train(
         validation loss, also where an earlier call had finished the training already.
 
     Raises:
-        TrainingError: A loss or a prefix's gradient is missing or not finite, or a checkpoint
-            cannot be written.
+        TrainingError: A loss or a prefix's gradient is missing or not finite, memory is too small,
+            or a checkpoint cannot be written.
     """
     finished = plan.folder / FINISHED
-    if is_complete(finished):
+    if world.once(lambda: is_complete(finished)):
         load_learned(learned_parameters(model, plan), finished / LEARNED)
         return TrainingRecord.model_validate_json((finished / RECORD).read_text())
+    with preemption.deferred():
+        record = _learn(model, plan, blocks, validation, batch_size, progress)
+        world.gather(None)  # all have read what `_finish` removes
+        world.once(lambda: _finish(model, plan, record))
+    return record
+
+
+def _learn(
+    model: Any,
+    plan: TrainingPlan,
+    blocks: datasets.Dataset,
+    validation: Sequence[Document],
+    batch_size: int,
+    progress: Silent,
+) -> TrainingRecord:
+    """Train to the end, and leave in the model what was best."""
     record = first_record(plan)
     if plan.steps:
-        checkpoint = last_checkpoint(plan.folder)
+        checkpoint = world.once(lambda: last_checkpoint(plan.folder))
         use_cache = model.config.use_cache
-        with OutputHead(model) as head:
-            trainer = StreamTrainer(model, plan, blocks, validation, batch_size, head, progress)
+        plan = fit(model, plan, "position_ids" in blocks.column_names, progress)
+        enough = enough_memory(
+            TrainingError, f"training {plan.adapter!r}", lambda: in_training(plan, model)
+        )
+        with enough, OutputHead(model, plan.at_once) as head:
+            measured = Validation(plan, validation, batch_size)
+            trainer = StreamTrainer(model, plan, blocks, measured, head, progress)
             try:
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             finally:
                 trainer.release()
                 model.config.use_cache = use_cache  # which the trainer switches off
         record = trainer.record
+        if trainer.stopped and record.steps < plan.steps:
+            raise preemption.Preempted
         del trainer
         gc.collect()  # of the optimiser, before another backbone is loaded
-    learned = learned_parameters(model, plan)
     if record.kept_step not in (None, plan.steps):
+        learned = learned_parameters(model, plan)
         load_learned(learned, plan.folder / BEST.format(record.kept_step))
+    return record
+
+
+def _finish(model: Any, plan: TrainingPlan, record: TrainingRecord) -> None:
+    """Write what was learned, and remove the checkpoints."""
+    finished = plan.folder / FINISHED
     shutil.rmtree(finished, ignore_errors=True)  # of a process that was killed
     with writing(finished):
         finished.mkdir(parents=True)
-        save_learned(learned, finished / LEARNED)
+        save_learned(learned_parameters(model, plan), finished / LEARNED)
         write_atomically(finished / RECORD, record.model_dump_json().encode())
         seal(finished)
     for unneeded in plan.folder.iterdir():  # only now: up to the seal they are needed
         if unneeded != finished:
             remove(unneeded)
-    return record
 
 
 def remove(path: Path) -> None:

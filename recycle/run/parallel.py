@@ -1,0 +1,57 @@
+"""What `launch.parallel` means for a run: DDP, or FSDP where a GPU does not hold the backbone."""
+
+from dataclasses import replace
+
+import torch
+
+from recycle import world
+from recycle.backbone.skeleton import load_skeleton
+from recycle.cost.inference import Numbers
+from recycle.cost.shape import model_shape
+from recycle.cost.training import USABLE, lora_parameters, memory
+
+from .folder import RunError
+from .forecast import learner
+from .plan import RunPlan
+
+
+def in_parallel(plan: RunPlan) -> RunPlan:
+    """The plan with `sharded` settled; alone, a process holds a whole model.
+
+    Raises:
+        RunError: All weights are to learn in a model that is shared out.
+    """
+    parallel = plan.recipe.launch.parallel
+    if world.size() == 1 or parallel == "ddp":
+        return plan
+    learn = any(training.all_weights for training in plan.trainings)
+    if parallel == "auto":
+        sharded = plan.device == "cuda" and not learn and not _fits(plan)
+        return replace(plan, sharded=sharded)
+    if learn:
+        raise RunError(
+            "launch.parallel=fsdp shares out weights that are frozen, and here all of them learn. "
+            "Set launch.parallel=ddp; or train a LoRA and prefixes, with stages.adapt.train=lora "
+            "and stages.streams.train=prefixes."
+        )
+    return replace(plan, sharded=True)
+
+
+def _fits(plan: RunPlan) -> bool:
+    """Whether one GPU has room for the whole backbone in every training, a block at a time.
+
+    Quantised weights are not shared out, so they have to fit.
+    """
+    recipe = plan.recipe
+    skeleton, quantization = load_skeleton(recipe.backbone)
+    if quantization is not None:
+        return True
+    shape, numbers = model_shape(skeleton), Numbers(recipe.backbone.dtype)
+    adapt, prefix = recipe.stages.adapt, recipe.method.num_virtual_tokens
+    lora = lora_parameters(skeleton, adapt.rank, adapt.target_modules)
+    usable = USABLE * torch.cuda.get_device_properties(0).total_memory / 2**30
+    return all(
+        memory(shape, numbers, learner(x, shape, prefix, lora), 1, again) <= usable
+        for x in plan.trainings
+        for again in [x.settings.gradient_checkpointing]
+    )
