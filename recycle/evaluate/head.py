@@ -18,11 +18,7 @@ from recycle.cost.training import LOGITS
 from recycle.data import IGNORED
 from recycle.parscale import ActiveStreams, choose_streams, find_decoder, run_in_groups
 
-# Logits of a tile, 64 MiB in float32. One thread's time for forward and backward, to that of
-# all logits at once; 4 nested streams on one layer 576 wide, 49,152 tokens, blocks of 256, best of
-# two: 1.6 with 2**20, 1.0 with 2**22, 0.93 with 2**24, 0.96 with 2**26 (bfloat16: 1.2, 0.8, 0.92,
-# 0.9). On a GPU it was not measured.
-TILE = LOGITS
+TILE = LOGITS  # of a tile, 64 MiB in float32
 
 
 class OutputHead:

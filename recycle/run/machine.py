@@ -48,7 +48,7 @@ def device_of(launch: Launch) -> str:
     """The device that a run takes: "cpu", "cuda" or "mps".
 
     Raises:
-        RunError: There is no GPU, or more than one.
+        RunError: There is no such device, or not one for each process.
     """
     check_environment()
     there = {"cuda": torch.cuda.is_available(), "mps": torch.mps.is_available(), "cpu": True}
