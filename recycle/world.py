@@ -48,18 +48,18 @@ def joined(device: str) -> Iterator[None]:
     Args:
         device: "cpu" or "cuda".
     """
-    if size() == 1:
-        yield
-        return
-    if device == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
-    _patient[:] = [dist.new_group(backend="gloo", timeout=PATIENCE)]
+    before = dist.is_initialized()
+    if size() > 1:
+        if device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
+        _patient[:] = [dist.new_group(backend="gloo", timeout=PATIENCE)]
     try:
         yield
     finally:
         _patient.clear()
-        dist.destroy_process_group()
+        if dist.is_initialized() and not before:  # accelerate makes one where torchrun starts one
+            dist.destroy_process_group()
 
 
 def gather(value: T) -> list[T]:

@@ -549,6 +549,7 @@ def test_what_a_launcher_sets_of_processes_passes(
         monkeypatch.setenv(name, value)
     again, _ = go(recipe, "training.tokens=128", f"output.dir={recipe.parent / 'launched'}")
     assert [model.losses for model in again.models] == [model.losses for model in plain.models]
+    assert not torch.distributed.is_initialized()
 
 
 def test_nothing_asks_the_hub_after_the_training(

@@ -3,6 +3,7 @@
 import os
 import signal
 import socket
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -109,7 +110,9 @@ def _train(done: list[str]) -> None:
     pytest.fail("went on")
 
 
-def test_sigterm_waits_for_the_end_of_a_training() -> None:
+def test_sigterm_waits_for_the_end_of_a_training(request: pytest.FixtureRequest) -> None:
+    request.addfinalizer(lambda: setattr(preemption._State, "asked", False))
+    request.addfinalizer(partial(signal.signal, signal.SIGTERM, signal.getsignal(signal.SIGTERM)))
     done: list[str] = []
     with preemption.handled():
         with pytest.raises(preemption.Preempted):

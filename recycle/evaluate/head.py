@@ -53,7 +53,7 @@ class OutputHead:
 
     def __enter__(self) -> Self:
         self._own: Callable[..., Any] = self.causal_lm.forward
-        self._replaced = _replaced(self.causal_lm, self._forward)
+        self._replaced = _replaced(self.causal_lm, "forward", self._forward)
         self._replaced.__enter__()
         return self
 
@@ -142,11 +142,8 @@ class OutputHead:
         """As `_tile`, with logits `[T, V]` in the graph."""
         output = self._output(last_hidden_state=hidden.unsqueeze(0))
         no_text = torch.zeros_like(labels).unsqueeze(0)  # the decoder's part, which does not run
-        # No streams: the hooks around the decoder leave a tile as it is.
-        with (
-            choose_streams(self.model, None),
-            _replaced(self.decoder, lambda *args, **kwargs: output),
-        ):
+        # No hook around the decoder runs: streams would multiply a tile, FSDP drop its plans.
+        with _replaced(self.decoder, "_compiled_call_impl", lambda *args, **kwargs: output):
             logits = self._own(input_ids=no_text, use_cache=False).logits[0]
         return -F.cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="none")
 
@@ -184,14 +181,17 @@ class _Scored(torch.autograd.Function):
 
 
 @contextmanager
-def _replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """A module with another forward pass; what is in its place on the instance comes back."""
-    before = module.__dict__.get("forward")
-    module.__dict__["forward"] = forward
+def _replaced(module: nn.Module, name: str, function: Callable[..., Any]) -> Iterator[None]:
+    """A module with another `forward`, or `_compiled_call_impl`, which also takes its hooks' place.
+
+    What is in that place on the instance comes back.
+    """
+    before = module.__dict__.get(name)
+    module.__dict__[name] = function
     try:
         yield
     finally:
         if before is None:
-            del module.__dict__["forward"]
+            del module.__dict__[name]
         else:
-            module.__dict__["forward"] = before
+            module.__dict__[name] = before
