@@ -12,15 +12,18 @@ from ruamel.yaml import YAML
 from recycle import results
 from recycle.backbone.skeleton import load_skeleton
 from recycle.cost import CostError, PassCost, Work, find_gpu, total
+from recycle.cost.forecast import Forecast
 from recycle.cost.gpu import FILE, known_as
 from recycle.cost.inference import Numbers, Request, estimate
 from recycle.cost.scaling import paper_example
 from recycle.cost.shape import Shape, count_outside_embeddings, model_shape
+from recycle.cost.table import render
 from recycle.cost.training import Learner, largest_micro_batch, memory, operations
 from recycle.law import PAPER
 from recycle.recipe import resolve
 from recycle.recipe.schema import Backbone
 from recycle.report.document import render_report
+from recycle.run.folder import RunError
 from recycle.run.forecast import forecast
 from tests.families.configs import family_model
 from tests.runs import command_here, write_recipe
@@ -240,6 +243,35 @@ def test_auto_is_planned_as_what_fits(tmp_path: Path) -> None:
     )
     planned = forecast(resolve(str(recipe)).recipe, "h200", (), Request())
     assert [x.micro_batch_size for x in planned.training] == [4, 4]  # of batches of 4
+
+
+def test_processes_share_a_training(tmp_path: Path) -> None:
+    """Time and batch are divided; of a backbone that is shared out, every GPU holds a part."""
+    sizes = {"hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 32}
+    model = config_folder(tmp_path / "model", **sizes)
+
+    def planned(gpu: str, micro: Any = "auto", **launch: Any) -> Forecast:
+        settings = {f"launch.{name}": value for name, value in launch.items()}
+        settings |= {"training.micro_batch_size": micro, "training.batch_size": 8}
+        recipe = resolve(str(write_recipe(tmp_path, model, **settings))).recipe
+        return forecast(recipe, gpu, (), Request())
+
+    one, four = planned("h200", 2), planned("h200", 2, processes=4)
+    assert (one.processes, four.processes, four.sharded) == (1, 4, False)
+    assert four.training_seconds == pytest.approx(one.training_seconds / 4)
+    cut = planned("h200", processes=4, parallel="fsdp")
+    assert [x.micro_batch_size for x in cut.training] == [2, 2]  # all that a process has of a step
+    weights = cut.estimates[0].weights_gib
+    saved = max(x.memory_gib for x in four.training) - max(x.memory_gib for x in cut.training)
+    assert 0.5 * weights < saved < 0.75 * weights
+    titles = [str(x.title) for x in render(cut) if not isinstance(x, str)]
+    alone = "Training on 4 GPUs, without the time they wait for each other"
+    assert f"{alone}, each with a part of the backbone" in titles
+    small = "rtx-3060-12gb"  # has no room for the whole
+    assert planned(small, processes=4).sharded
+    assert not planned(small).sharded
+    with pytest.raises(RunError, match="3 processes share out the blocks of a step"):
+        planned("h200", processes=3)
 
 
 def test_a_run_keeps_what_was_announced_and_is_as_planned(tmp_path: Path) -> None:

@@ -91,14 +91,14 @@ def test_what_is_not_cut_up_is_refused(found):
 def parts(
     tmp_path: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., bool]:
-    """Whether each of two processes gets a part of the backbone, on GPUs of so many KiB."""
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    """Whether each process gets a part of the backbone, on GPUs of so many KiB."""
 
-    def sharded(device: str = "cuda", kib: int = 2**20, **changes: Any) -> bool:
+    def sharded(device: str = "cuda", kib: int = 2**20, processes: int = 2, **changes: Any) -> bool:
         gpu = SimpleNamespace(total_memory=kib * 1024)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: gpu)
         recipe = resolve(str(write_recipe(tmp_path, tiny_folder, **changes))).recipe
-        return in_parallel(plan_on(recipe, tmp_path / "run", device)).sharded
+        plan = plan_on(recipe, tmp_path / "run", device)
+        return in_parallel(plan, processes).sharded
 
     return sharded
 
@@ -113,9 +113,8 @@ def test_a_backbone_is_cut_up_where_a_gpu_has_no_room_for_it(parts):
     assert parts("cpu", **{"launch.parallel": "fsdp"})
 
 
-def test_alone_a_process_holds_all_of_it(parts, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "1")
-    assert not parts(kib=512, **{"launch.parallel": "fsdp"})
+def test_alone_a_process_holds_all_of_it(parts):
+    assert not parts(kib=512, processes=1, **{"launch.parallel": "fsdp"})
 
 
 def test_weights_that_learn_are_not_cut_up(parts):

@@ -23,7 +23,8 @@ class TrainingForecast(Record):
     micro_batch_size: int
     """The recipe's."""
     fits: int | None
-    """Largest micro-batch that divides the batch and fits; None where none does."""
+    """Largest micro-batch that divides a GPU's share of the batch and fits; None where none does.
+    """
     fits_with_checkpointing: int | None
     """The same with gradient checkpointing."""
 
@@ -45,10 +46,14 @@ class Forecast(Estimates):
     num_virtual_tokens: int
     training: tuple[TrainingForecast, ...]
     """In their order."""
+    processes: int
+    """GPUs that share the training, without the time in which they wait for each other."""
+    sharded: bool
+    """Whether each of them holds a part of the backbone only."""
     training_seconds: float
     """Of all, with the comparison."""
     training_memory_gib: float
-    """Of the largest."""
+    """Of the largest, on each GPU."""
     scaling: Scaling | None
     """For the most streams; None without streams."""
     paper: PaperExample

@@ -30,7 +30,8 @@ def render(forecast: Forecast) -> Iterator[Any]:
     yield _training(forecast)
     yield (
         f"In all {duration(forecast.training_seconds)} with the comparison, and "
-        f"{forecast.training_memory_gib:.1f} GiB; the run itself measures and says it anew."
+        f"{forecast.training_memory_gib:.1f} GiB{' on each GPU' * (forecast.processes > 1)}; the "
+        "run itself measures and says it anew."
     )
     if forecast.scaling:
         yield _scaling(forecast)
@@ -85,7 +86,11 @@ def _training(forecast: Forecast) -> Any:
         *("training", "tokens", "learned\nparams", "FLOPs", "time", "GiB", "micro-\nbatch"),
         *("largest\nfitting", "with check-\npointing"),
     )
-    return _table("Training", headings, rows)
+    title = "Training"
+    if forecast.processes > 1:
+        title += f" on {forecast.processes} GPUs, without the time they wait for each other"
+        title += ", each with a part of the backbone" if forecast.sharded else ""
+    return _table(title, headings, rows)
 
 
 def _scaling(forecast: Forecast) -> Any:

@@ -59,6 +59,8 @@ class Learner:
     """Whether each stream alone has a loss as well."""
     at_once: int | None = None
     """Streams whose activations are held at once; None is all."""
+    shards: int = 1
+    """Processes that each hold a part of every layer."""
 
     @property
     def streams_held(self) -> int:
@@ -101,7 +103,8 @@ def memory(
 ) -> float:
     """GiB of a training on frozen weights.
 
-    These are the weights, what learns in float32 with a gradient and AdamW's two moments, what
+    These are the weights (of layers that are shared out, a part, and two whole ones: that which
+    runs, and the next), what learns in float32 with a gradient and AdamW's two moments, what
     every layer keeps for the backward pass (with checkpointing: its input, the results of products
     where that is selective, and all of one layer), and a part of the logits with their gradient.
     """
@@ -114,7 +117,9 @@ def memory(
             width += SELECTED_HIDDEN * shape.hidden + SELECTED_INNER * shape.inner
         layers = shape.layers * width * numbers.bytes + kept
     matrices = shape.attention + shape.mlp - shape.experts  # that quantising takes
-    weights = matrices * numbers.matrix_bytes + (shape.parameters - matrices) * numbers.bytes
+    layers_held = min(1 / learner.shards + 2 / shape.layers, 1) if learner.shards > 1 else 1
+    weights = layers_held * (matrices * numbers.matrix_bytes + shape.experts * numbers.bytes)
+    weights += (shape.parameters - matrices - shape.experts) * numbers.bytes
     held = weights + 16 * learner.learned + positions * layers
     return held / 2**30 + logits_gib(micro_batch_size * learner.block_size, shape.vocabulary)
 

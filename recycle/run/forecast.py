@@ -22,7 +22,9 @@ from recycle.results import Estimates
 from recycle.train import TrainingPlan
 
 from .announcement import works
+from .launch import check_shares
 from .machine import gpu_here
+from .parallel import in_parallel
 from .plan import RunPlan, plan_on
 
 
@@ -68,7 +70,8 @@ def forecast(
     Raises:
         BackboneError, UnsupportedModelError: There is no such model, or streams cannot enter it.
         CostError: The GPU is not known.
-        RunError: The recipe's dtype is none that weights can learn in.
+        RunError: The recipe's dtype is none that weights can learn in, or its processes cannot
+            share its batch or its weights.
     """
     gpu, chosen = gpu_here(gpu_name)
     backbone = recipe.backbone
@@ -81,25 +84,30 @@ def forecast(
     p_values = p_values or (1, *recipe.streams)
     inference = _estimates(shape, gpu, p_values, request, numbers, prefix)
 
-    plan = plan_on(recipe, run_folder(recipe), "cuda")
+    processes = recipe.launch.processes or 1
+    check_shares(recipe, processes)
+    plan = in_parallel(plan_on(recipe, run_folder(recipe), "cuda"), processes, gpu.memory_gib)
+    shards = processes if plan.sharded else 1
     adapt = recipe.stages.adapt
     lora = lora_parameters(skeleton, adapt.rank, adapt.target_modules)
     site = shape, numbers, gpu
-    learners = {x.adapter: learner(x, shape, prefix, lora) for x in plan.trainings}
+    learners = {x.adapter: x.learner(shape, prefix, lora, shards) for x in plan.trainings}
 
     last = plan.stages[-1]
-    bare = Learner((1,), 0, False, last.data.block_size, 0)
+    bare = Learner((1,), 0, False, last.data.block_size, 0, shards=shards)
 
     weights = (skeleton.num_parameters(), numbers.bytes)
     all_weights = PassCost(0, 0, 0).with_all_weights(*weights).gib
 
     def size_of(training: TrainingPlan | None) -> int:
         settings = training.settings if training else last.training
-        if settings.micro_batch_size != "auto" or training is None:
-            return 1 if settings.micro_batch_size == "auto" else settings.micro_batch_size
-        batch, again = settings.batch_size, settings.gradient_checkpointing
+        share, again = settings.batch_size // processes, settings.gradient_checkpointing
+        if settings.micro_batch_size != "auto":
+            return min(settings.micro_batch_size, share)
+        if training is None:
+            return 1
         more = all_weights * training.all_weights
-        return largest_micro_batch(*site, learners[training.adapter], batch, again, more) or 1
+        return largest_micro_batch(*site, learners[training.adapter], share, again, more) or 1
 
     def cost_of(training: TrainingPlan | None) -> PassCost:
         settings = training.settings if training else last.training
@@ -116,7 +124,9 @@ def forecast(
     )
     seconds, gib = total([*found, alone])
     trainings = tuple(
-        _training(training, learners[training.adapter], work, cost_of(training), site, size_of)
+        _training(
+            training, learners[training.adapter], work, cost_of(training), site, size_of, processes
+        )
         for training, work in zip(plan.trainings, found, strict=True)
     )
     most, head = p_values[-1], shape.head * numbers.bytes / 2**30
@@ -133,28 +143,13 @@ def forecast(
         quantization=quantization,
         num_virtual_tokens=prefix,
         training=trainings,
-        training_seconds=seconds,
+        processes=processes,
+        sharded=plan.sharded,
+        training_seconds=seconds / processes,
         training_memory_gib=gib,
         scaling=scale(shape, gpu, most, (request,), numbers, prefix) if most > 1 else None,
         paper=paper_example(),
         notes=tuple(_notes(config, inference, head, trainings, gpu)),
-    )
-
-
-def learner(training: TrainingPlan, shape: Shape, prefix: int, lora: int) -> Learner:
-    """What learns in a training, with so many parameters of a LoRA."""
-    streams = training.active is not None
-    learned = 0 if training.all_weights else lora
-    if streams:
-        learned = shape.adapter_parameters(training.p_values, prefix)
-    return Learner(
-        p_values=training.p_values,
-        learned=learned,
-        in_weights=training.all_weights or not streams,
-        block_size=training.block_size,
-        prefix=prefix * streams,
-        apart=training.own_loss > 0,
-        at_once=training.at_once,
     )
 
 
@@ -165,22 +160,23 @@ def _training(
     frozen: PassCost,
     site: tuple[Shape, Numbers, Gpu],
     size_of: Callable[[TrainingPlan], int],
+    processes: int,
 ) -> TrainingForecast:
     """One training; `frozen` is its cost without weights that learn."""
     settings, all_weights = training.settings, site[0].parameters * training.all_weights
     per_token, _ = operations(site[0], learner, settings.gradient_checkpointing)
-    more, batch = work.cost.gib - frozen.gib, settings.batch_size
+    more, share = work.cost.gib - frozen.gib, settings.batch_size // processes
     return TrainingForecast(
         name=training.adapter,
         p_values=training.p_values,
         tokens=work.learned,
         learned_parameters=round(all_weights) + learner.learned,
         flops=per_token * work.learned * work.cost.learning / frozen.learning,
-        seconds=work.learned * work.cost.learning,
+        seconds=work.learned * work.cost.learning / processes,
         memory_gib=work.cost.gib,
         micro_batch_size=size_of(training),
-        fits=largest_micro_batch(*site, learner, batch, False, more),
-        fits_with_checkpointing=largest_micro_batch(*site, learner, batch, True, more),
+        fits=largest_micro_batch(*site, learner, share, False, more),
+        fits_with_checkpointing=largest_micro_batch(*site, learner, share, True, more),
     )
 
 

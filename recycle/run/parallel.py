@@ -4,29 +4,32 @@ from dataclasses import replace
 
 import torch
 
-from recycle import world
 from recycle.backbone.skeleton import load_skeleton
 from recycle.cost.inference import Numbers
 from recycle.cost.shape import model_shape
 from recycle.cost.training import USABLE, lora_parameters, memory
 
 from .folder import RunError
-from .forecast import learner
 from .plan import RunPlan
 
 
-def in_parallel(plan: RunPlan) -> RunPlan:
+def in_parallel(plan: RunPlan, processes: int, gpu_gib: float | None = None) -> RunPlan:
     """The plan with `sharded` settled; alone, a process holds a whole model.
+
+    Args:
+        plan: The run's.
+        processes: How many carry it out.
+        gpu_gib: Memory of the GPU that each of them has; None is this machine's.
 
     Raises:
         RunError: All weights are to learn in a model that is shared out.
     """
     parallel = plan.recipe.launch.parallel
-    if world.size() == 1 or parallel == "ddp":
+    if processes == 1 or parallel == "ddp":
         return plan
     learn = any(training.all_weights for training in plan.trainings)
     if parallel == "auto":
-        sharded = plan.device == "cuda" and not learn and not _fits(plan)
+        sharded = plan.device == "cuda" and not learn and not _fits(plan, gpu_gib)
         return replace(plan, sharded=sharded)
     if learn:
         raise RunError(
@@ -37,7 +40,7 @@ def in_parallel(plan: RunPlan) -> RunPlan:
     return replace(plan, sharded=True)
 
 
-def _fits(plan: RunPlan) -> bool:
+def _fits(plan: RunPlan, gpu_gib: float | None) -> bool:
     """Whether one GPU has room for the whole backbone in every training, a block at a time.
 
     Quantised weights are not shared out, so they have to fit.
@@ -49,9 +52,10 @@ def _fits(plan: RunPlan) -> bool:
     shape, numbers = model_shape(skeleton), Numbers(recipe.backbone.dtype)
     adapt, prefix = recipe.stages.adapt, recipe.method.num_virtual_tokens
     lora = lora_parameters(skeleton, adapt.rank, adapt.target_modules)
-    usable = USABLE * torch.cuda.get_device_properties(0).total_memory / 2**30
+    if gpu_gib is None:
+        gpu_gib = torch.cuda.get_device_properties(0).total_memory / 2**30
     return all(
-        memory(shape, numbers, learner(x, shape, prefix, lora), 1, again) <= usable
+        memory(shape, numbers, x.learner(shape, prefix, lora), 1, again) <= USABLE * gpu_gib
         for x in plan.trainings
         for again in [x.settings.gradient_checkpointing]
     )

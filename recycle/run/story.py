@@ -58,7 +58,7 @@ def run_recipe(found: Found, command: str, console: Console) -> Results:
             goes on.
     """
     with world.joined(device_of(found.recipe.launch)):
-        plan = world.once(lambda: in_parallel(plan_run(found)))
+        plan = world.once(lambda: in_parallel(plan_run(found), world.size()))
         return _carry_out(plan, command, console)
 
 

@@ -5,6 +5,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from recycle import world
+from recycle.cost.shape import Shape
+from recycle.cost.training import Learner
 from recycle.parscale import ActiveStreams
 from recycle.recipe import Training
 from recycle.results import TrainingRecord
@@ -90,6 +92,30 @@ class TrainingPlan:
         """The same without the backbone's own weights."""
         rates = {group: rate for group, rate in self.learning_rates.items() if group != "full"}
         return replace(self, learning_rates=rates)
+
+    def learner(self, shape: Shape, prefix: int, lora: int, shards: int = 1) -> Learner:
+        """What it takes memory and time for.
+
+        Args:
+            shape: The backbone's.
+            prefix: Learned tokens of each stream.
+            lora: Parameters of a LoRA, where one learns.
+            shards: Processes that each hold a part of every layer.
+        """
+        streams = self.active is not None
+        learned = 0 if self.all_weights else lora
+        if streams:
+            learned = shape.adapter_parameters(self.p_values, prefix)
+        return Learner(
+            p_values=self.p_values,
+            learned=learned,
+            in_weights=self.all_weights or not streams,
+            block_size=self.block_size,
+            prefix=prefix * streams,
+            apart=self.own_loss > 0,
+            at_once=self.at_once,
+            shards=shards,
+        )
 
     @property
     def micro_batch_size(self) -> int:
