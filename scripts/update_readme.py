@@ -332,12 +332,12 @@ def training_memory_table() -> str:
     ]
     hardware = record["hardware"]
     machine = hardware["gpu"] or f"{hardware['cores']} cores ({hardware['cpu']})"
-    before = statistics.median(cell["before_gib"] for cell in record["cells"])
+    weights = statistics.median(cell["weights_gib"] for cell in record["cells"])
     return join_blocks(
         format_table([("P", *(f"{name}, GiB" for name in names.values())), *rows]),
-        f"`{record['command']}`: the most resident memory of a forward and backward pass over that "
-        f"of the process before it, {before:.2f} GiB; {record['rows']} row of {record['tokens']} "
-        f"tokens. {record['date'][:10]}, {machine}, {record['dtype']}.",
+        f"`{record['command']}`: the most that tensors take in a forward and backward pass, "
+        f"besides {weights:.2f} GiB of weights; {record['rows']} row of {record['tokens']} tokens. "
+        f"{record['date'][:10]}, {machine}, {record['dtype']}.",
     ).rstrip()
 
 

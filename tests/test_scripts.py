@@ -448,6 +448,15 @@ def test_the_memory_of_a_family_is_counted_anew(update_readme):
     ]
 
 
+def test_the_memory_of_tensors_is_counted_at_its_most():
+    def step():
+        torch.ones(2**20)
+        torch.ones(2**18) + torch.ones(2**18)
+
+    counted = script("measure_training_memory").growth(step, torch.device("cpu"))
+    assert counted == 4 * 2**20
+
+
 def test_the_demo_without_speeds_is_a_table_without_them(update_readme, monkeypatch):
     record = update_readme.read("demo-cpu")
     models = tuple(x.model_copy(update={"speed": results.Speed()}) for x in record.models)
