@@ -6,7 +6,7 @@ the same code. What only one may do (write, read the data) goes through `once`.
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -48,7 +48,7 @@ def joined(device: str) -> Iterator[None]:
     Args:
         device: "cpu" or "cuda".
     """
-    before = dist.is_initialized()
+    before, failed = dist.is_initialized(), True
     if size() > 1:
         if device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -56,10 +56,18 @@ def joined(device: str) -> Iterator[None]:
         _patient[:] = [dist.new_group(backend="gloo", timeout=PATIENCE)]
     try:
         yield
+        failed = False
     finally:
         _patient.clear()
-        if dist.is_initialized() and not before:  # accelerate makes one where torchrun starts one
+        # Of several processes one that fails just ends: in NCCL it would wait for the others here.
+        ends = not (failed and size() > 1)
+        if ends and dist.is_initialized() and not before:  # accelerate has one also where size is 1
             dist.destroy_process_group()
+
+
+def own_random_state(device: torch.device) -> AbstractContextManager[None]:
+    """Leave random numbers as they were, of the CPU and this device; another GPU is not touched."""
+    return torch.random.fork_rng([] if device.type == "cpu" else [device])
 
 
 def gather(value: T) -> list[T]:

@@ -90,6 +90,7 @@ def _look(kind: str, options: dict[str, Any]) -> dict[str, Any]:
         "starts": max(_apart(x, y) for x, y in pairs),
         "logits": {name: _logits_apart(whole, ours, active) for name, active in ROWS.items()},
         "gradients": [_gradients_apart(whole, ours, again) for again in (False, True)],
+        "in groups": _gradients_apart(whole, ours, True, at_once=1),
         "lora": _gradients_apart(_lora(kind, False), _lora(kind, True), True, None),
         "replies": _replies(whole) == _replies(ours),
         "learning": _learn(whole, ours),
@@ -120,13 +121,19 @@ def _logits_apart(whole: Any, ours: Any, active: ActiveStreams | None) -> float:
         return _apart(whole(mine).logits, ours(mine).logits)
 
 
-def _loss(model: Any, ids: Tensor, active: ActiveStreams | None) -> Tensor:
-    with OutputHead(model) as head:
+def _loss(
+    model: Any, ids: Tensor, active: ActiveStreams | None, at_once: int | None = None
+) -> Tensor:
+    with OutputHead(model, at_once) as head:
         return -head.log_probs(active, ids, ids).mean()
 
 
 def _gradients_apart(
-    whole: Any, ours: Any, again: bool, active: ActiveStreams | None = ROWS["nested"]
+    whole: Any,
+    ours: Any,
+    again: bool,
+    active: ActiveStreams | None = ROWS["nested"],
+    at_once: int | None = None,
 ) -> float:
     """Between one process on the whole batch and two on half of it, in two micro-batches each."""
     for model in (whole, ours):
@@ -136,7 +143,7 @@ def _gradients_apart(
         model.train()
     _loss(whole, BATCH, active).backward()
     for row in BATCH[world.rank() :: 2]:
-        (_loss(ours, row[None], active) / 2).backward()
+        (_loss(ours, row[None], active, at_once) / 2).backward()
     sharding.average_gradients(_learned(ours))
     for model in (whole, ours):
         model.gradient_checkpointing_disable()

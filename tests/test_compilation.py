@@ -112,9 +112,9 @@ def test_layers_with_a_lora() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, "selective", True])
 def test_a_compiled_training_has_the_same_losses(
-    tiny_folder: Path, tmp_path: Path, checkpointing: bool
+    tiny_folder: Path, tmp_path: Path, checkpointing: bool | str
 ) -> None:
     curves, validations = [], []
     for compiled in (False, True):

@@ -36,6 +36,7 @@ def test_auto_takes_cuda_then_mps_then_the_cpu(
     monkeypatch.setattr("torch.cuda.is_available", lambda: cuda)
     monkeypatch.setattr("torch.cuda.device_count", lambda: int(cuda))
     monkeypatch.setattr("torch.mps.is_available", lambda: mps)
+    monkeypatch.setattr("torch.mps.device_count", lambda: int(mps))
     assert device_of(Launch.model_validate({"device": asked})) == taken
 
 
@@ -45,6 +46,14 @@ def test_a_device_that_is_not_there(monkeypatch: pytest.MonkeyPatch, device: str
     monkeypatch.setattr("torch.mps.is_available", lambda: False)
     with pytest.raises(RunError, match=f"launch.device={device}, .* no {device.upper()} device"):
         device_of(Launch.model_validate({"device": device}))
+
+
+def test_each_process_takes_a_gpu_of_its_own(apple: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr("torch.mps.device_count", lambda: 1)
+    with pytest.raises(RunError, match=r"2 processes on this machine, and torch sees 1 GPUs"):
+        device_of(Launch(device="mps"))
+    assert device_of(Launch(device="cpu")) == "cpu"
 
 
 def test_what_apples_gpu_computes_in_and_is_called(apple: None) -> None:

@@ -169,6 +169,22 @@ def test_a_pass_without_memory(
         assert trial.peak(1, 32, 4) == math.inf
 
 
+def test_a_part_of_a_model_without_memory(
+    plan: TrainingPlan, model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The others are in the middle of a layer: nothing smaller is tried, and it is said what to."""
+    monkeypatch.setattr(fitting, "is_sharded", lambda model: True)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+
+    def log_probs(*args: Any, **kwargs: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(OutputHead, "log_probs", log_probs)
+    with pytest.raises(TrainingError, match=r"^Out of memory in fitting 'nested'") as e:
+        fit(model, plan, False, Silent())
+    assert "Set training.gradient_checkpointing=true (now false) and stages" in str(e.value)
+
+
 def test_the_moments_of_adamw_are_to_come(plan: TrainingPlan, model: Any) -> None:
     trial = Trial(model, plan, False)
     learned = sum(p.numel() for p in model.parameters() if p.requires_grad)

@@ -59,6 +59,7 @@ def test_gradients_are_those_of_the_whole_batch(found, kind):
     """Of streams, also with gradient checkpointing, and of a LoRA."""
     for one in found:
         assert max(one[kind]["gradients"]) < TOLERANCE
+        assert one[kind]["in groups"] < TOLERANCE
         assert one[kind]["lora"] < TOLERANCE
 
 

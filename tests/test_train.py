@@ -174,6 +174,27 @@ def test_what_passes_cost(workshop: Any, monkeypatch: pytest.MonkeyPatch) -> Non
     assert (control.learning, control.reading) == (pytest.approx(2 / 64), 1 / 64)
 
 
+def test_what_passes_cost_where_memory_is_small(
+    workshop: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shorter ones tell it, but no process has shorter ones alone that has a part of a model."""
+    model, tried = workshop().model, list[int]()
+
+    def log_probs(active: ActiveStreams | None, ids: Tensor, labels: Tensor) -> Tensor:
+        tried.append(ids.shape[1])
+        if ids.shape[1] > 80:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return ids.float()
+
+    settings = {"block_size": 512, "micro_batch_size": 1, "gradient_checkpointing": False}
+    passes_room.pass_cost(model, log_probs, None, **settings)
+    assert tried == [32, 128, 64, 64]
+    monkeypatch.setattr(passes_room, "is_sharded", lambda model: True)
+    with pytest.raises(torch.OutOfMemoryError):
+        passes_room.pass_cost(model, log_probs, None, **settings)
+    assert tried[4:] == [32, 128]
+
+
 def test_validations_that_are_left(workshop: Any) -> None:
     tiny = workshop(**{"training.validation_steps": 3})  # 8 steps: 0, 3, 6 and 8
     plan = tiny.plans()[0]

@@ -1,21 +1,24 @@
 """What processes tell each other, with two of them; and the splits that one reads for all."""
 
 import os
+import re
 import signal
 import socket
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import multiprocessing
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from recycle import preemption, world
 from recycle.data import Splits, keep
 from recycle.data.evaluation import Document
 from recycle.recipe import resolve
 from recycle.run.folder import RunError
-from recycle.run.launch import processes_to_start
+from recycle.run.launch import launch, processes_to_start
 from tests.runs import write_recipe
 
 
@@ -120,3 +123,46 @@ def test_sigterm_waits_for_the_end_of_a_training(request: pytest.FixtureRequest)
         with pytest.raises(preemption.Preempted):
             _train(done)
     assert done == ["checkpoint"]
+
+
+def test_no_process_touches_the_gpu_of_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch would set up every GPU that it sees, and some memory on each of them."""
+    touched: list[Any] = []
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: touched.append(str(device)))
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: None)
+    for device in ("cpu", "cuda:1"):
+        before = torch.get_rng_state()
+        with world.own_random_state(torch.device(device)):
+            torch.rand(1)
+        assert torch.equal(torch.get_rng_state(), before)
+    assert touched == ["cuda:1"]
+
+
+@pytest.mark.parametrize(
+    ("exitcode", "status", "told"),
+    [
+        (75, 75, "^Stopped"),
+        (130, 130, "^Stopped"),
+        (2, 2, "^$"),
+        (-9, 1, "Process 1 of 2 .*SIGKILL"),
+    ],
+)
+def test_what_our_launcher_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exitcode: int, status: int, told: str
+) -> None:
+    """Also where a signal reached the processes alone, which leave the word to it."""
+    failure = ProcessFailure(local_rank=1, pid=1, exitcode=exitcode, error_file="none")
+
+    def elastic_launch(config: Any, entry: str) -> Any:
+        def run(*arguments: str) -> None:
+            raise ChildFailedError("recycle", {1: failure})
+
+        return run
+
+    monkeypatch.setattr("torch.distributed.launcher.api.elastic_launch", elastic_launch)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    found, text = launch(2, ["run", "x.yaml"], tmp_path)
+    assert found == status
+    assert re.search(told, text)

@@ -89,8 +89,11 @@ def load_backbone(
     tokenizer = load_tokenizer(files.folder)
     attention = backbone.attn_implementation
     options: dict[str, Any] = {"attn_implementation": None if attention == "auto" else attention}
-    if quantization is not None or torch.device(device).type != "cpu":
-        options["device_map"] = {"": device}  # straight to the device, not through the CPU
+    place = torch.device(device)
+    if place == torch.device("cuda"):  # of several, the process's own: accelerate asks which
+        place = torch.device("cuda", torch.cuda.current_device())
+    if quantization is not None or place.type != "cpu":
+        options["device_map"] = {"": place}  # straight to the device, not through the CPU
     return load_model(files, backbone.dtype, quantization, **options), tokenizer, source
 
 

@@ -123,6 +123,8 @@ def quiet_libraries() -> None:
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # of a kernel that we switch off
+    # Of operations in place, where compiled layers are recomputed selectively: there are none.
+    logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
     if not sys.warnoptions:
         warnings.simplefilter("ignore", FutureWarning)
 

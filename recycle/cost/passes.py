@@ -14,6 +14,7 @@ from torch import Tensor
 
 from recycle.parscale import ActiveStreams, checkpointing_arguments
 from recycle.recipe.kinds import Checkpointing
+from recycle.sharding import is_sharded
 
 from .pricing import PassCost
 from .shortage import is_out_of_memory
@@ -22,7 +23,9 @@ LogProbs = Callable[[ActiveStreams | None, Tensor, Tensor], Tensor]
 """Streams, `input_ids` and `labels` `[B, S]` to log-probabilities `[|P|, B, S - 1]`."""
 WARM_UP = 32  # tokens
 _earlier = [0]  # bytes, before the GPU's allocator last began to count anew
-CPU_TOKENS = 128  # of a measured pass: enough to tell, and seconds where a CPU is slow
+# Of a measured pass: enough to tell, seconds where a CPU is slow, and what no GPU is too small for
+# that has a part of a model.
+SHORT = 128
 
 
 def pass_cost(
@@ -44,8 +47,9 @@ def pass_cost(
         micro_batch_size: Blocks in a forward and backward pass.
         gradient_checkpointing: Activations are computed twice in training, or some of them.
     """
-    device = model.device
-    length = block_size if device.type == "cuda" else min(block_size, CPU_TOKENS)
+    device, sharded = model.device, is_sharded(model)
+    short = sharded or device.type != "cuda"
+    length = min(block_size, SHORT) if short else block_size
     vocabulary = model.get_input_embeddings().num_embeddings
     ids = (torch.arange(length, device=device) % vocabulary).unsqueeze(0)
     before = peak_memory(device)
@@ -69,8 +73,8 @@ def pass_cost(
             learning = seconds(ids, backward=learns)
             break
         except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error) or length <= WARM_UP:
-                raise
+            if not is_out_of_memory(error) or length <= WARM_UP or sharded:
+                raise  # of a sharded model: the others wait in the middle of a layer
         length //= 2  # fewer tokens tell it too
         ids = ids[:, :length]
     model.zero_grad(set_to_none=True)

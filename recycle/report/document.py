@@ -105,7 +105,7 @@ def render_making(results: Results) -> str:
         if first is None or first == data
         else facts(first.model_dump(exclude={"facts"}) | first.facts),
         "## Made with",
-        facts(results.hardware.model_dump() | results.packages),
+        facts(results.hardware.model_dump() | {"processes": results.processes} | results.packages),
         "Seeds: " + ", ".join(f"{escape(k)} {v}" for k, v in results.seeds.items()) + ".",
         f"Recipe, identity `{results.recipe_identity}`:",
         fence(json.dumps(results.recipe, indent=2, ensure_ascii=False), "json"),

@@ -157,6 +157,8 @@ class Results(Record):
     recipe_identity: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
     packages: dict[str, str]
     hardware: Hardware
+    processes: PositiveInt = 1
+    """Between which the run was shared out, each with a GPU of its own where there are GPUs."""
     seeds: dict[str, int]
     backbone: BackboneRecord
     data: DataRecord

@@ -106,7 +106,8 @@ def launch(processes: int, arguments: Sequence[str], folder: Path) -> tuple[int,
     except ChildFailedError as failed:
         rank, failure = failed.get_first_failure()
         if failure.exitcode >= 0:
-            return failure.exitcode, ""  # it has said why
+            by_signal = failure.exitcode in (AGAIN, 130)  # to the processes alone
+            return failure.exitcode, kept(folder) if by_signal else ""  # else it has said why
         name = signal.Signals(-failure.exitcode).name
         return 1, f"Process {rank} of {processes} was ended by {name}. {kept(folder)}"
     return 0, ""

@@ -61,11 +61,10 @@ def device_of(launch: Launch) -> str:
             f"launch.device={device}, but torch sees no {name} device. Use launch.device=auto."
         )
     local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    if device == "cuda" and torch.cuda.device_count() < local:
+    if device != "cpu" and (count := torch.get_device_module(device).device_count()) < local:
         raise RunError(
             f"Each process takes a GPU of its own: there are {local} processes on this machine, "
-            f"and torch sees {torch.cuda.device_count()} GPUs. Set launch.processes to at most "
-            "that."
+            f"and torch sees {count} GPUs. Set launch.processes to at most that."
         )
     return device
 

@@ -76,10 +76,9 @@ def measure_again(
         model = attach(base.model, members, folder)
         measured += measure_streams(plan, materials, model, progress, p)
         machine = describe(plan.device)
-        # Elsewhere, and in another precision, the training's speed says nothing.
-        comparable = machine == before.hardware and precision(materials.backbone) == precision(
-            first
-        )
+        # Elsewhere, in several processes and in another precision, its speed says nothing.
+        here = machine == before.hardware and before.processes == 1
+        comparable = here and precision(materials.backbone) == precision(first)
         measured = results.with_training(measured, before.training if comparable else ())
     record = Results.model_validate(
         dict(before)
@@ -90,6 +89,7 @@ def measure_again(
             "recipe_identity": identity(plan.recipe),
             "packages": results.packages(),
             "hardware": machine,
+            "processes": 1,
             "backbone": materials.backbone,
             "models": results.compare(materials.documents, measured),
             "wall_seconds": before.wall_seconds.model_copy(

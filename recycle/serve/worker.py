@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase, StoppingCriteriaList
 
 from recycle.backbone.generation import decoding
 from recycle.family.switch import use_p
+from recycle.world import own_random_state
 
 from .job import Job
 from .reader import Reader
@@ -127,7 +128,7 @@ class Worker:
         with (
             use_p(model, order.p),
             decoding(model, order.temperature, order.top_p),
-            torch.random.fork_rng(),
+            own_random_state(model.device),
         ):
             torch.manual_seed(order.seed)
             reader = Reader(self.tokenizer, model.generation_config.eos_token_id, job)

@@ -16,7 +16,7 @@ import torch
 
 from recycle import world
 from recycle.cost.capacity import Peak, capacity, held
-from recycle.cost.shortage import advice, is_out_of_memory
+from recycle.cost.shortage import advice, enough_memory, is_out_of_memory
 from recycle.disk import write_atomically
 from recycle.evaluate import OutputHead
 from recycle.parscale import checkpointing_arguments
@@ -61,7 +61,11 @@ def fit(
         return _settled(plan, **known)
     progress.start(f"fitting {plan.adapter} into memory")
     streams, share = plan.at_once or plan.num_streams, plan.blocks_per_process
-    with Trial(model, plan, packed) as trial:
+    least = _settled(plan, 1, plan.at_once)
+    enough = enough_memory(
+        TrainingError, f"fitting {plan.adapter!r}", lambda: in_training(least, model)
+    )
+    with enough, Trial(model, plan, packed) as trial:
         fewer = (2**k for k in reversed(range(streams.bit_length())) if 2**k < streams)
         at_once = next((k for k in (streams, *fewer) if trial.holds_row(k)), 0)
         size = trial.largest(share, at_once) if at_once == streams else 1
@@ -187,7 +191,7 @@ class Trial:
                 Peak(self.device) as peak,
                 OutputHead(self.model, groups) as head,
                 arithmetic(plan, self.device),
-                torch.random.fork_rng(),
+                world.own_random_state(self.device),
             ):
                 head.log_probs(active, **inputs).sum().backward()
         except (RuntimeError, MemoryError) as error:

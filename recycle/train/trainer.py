@@ -152,7 +152,8 @@ class StreamTrainer(Trainer, TrainerCallback):
         """
         model: Any = self.model.train()
         inputs = self._prepare_inputs(collate([self.train_dataset[0]]))
-        with torch.random.fork_rng(), FlopCounterMode(display=False) as counter:
+        random_state = world.own_random_state(self.model.device)
+        with random_state, FlopCounterMode(display=False) as counter:
             self.compute_loss(model, inputs, num_items_in_batch=1).backward()
         model.zero_grad(set_to_none=True)
         self.losses.clear()
@@ -170,7 +171,7 @@ class StreamTrainer(Trainer, TrainerCallback):
         norms = tracking.gradient_norms(self.groups.values())
         losses = torch.stack(self.losses).sum(dim=0)
         self.losses.clear()
-        asked = losses.new_tensor([preemption.asked()])
+        asked = losses.new_full((1,), preemption.asked())
         shared = world.add_up(torch.cat([losses, asked]))  # the gradients are added up already
         predicted = torch.as_tensor(self.predicted, dtype=losses.dtype, device=losses.device)
         # The one place of a step where the host waits for the GPU.

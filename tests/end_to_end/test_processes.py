@@ -105,6 +105,7 @@ def test_two_processes_give_the_numbers_of_one(place: Path, parallel: str) -> No
     assert done.returncode == 0, done.stderr
     assert ("each with a part of it" in done.stdout) == (parallel == "fsdp")
     assert_same(place / parallel, place / "one")
+    assert (read(place / parallel).processes, read(place / "one").processes) == (2, 1)
     assert done.stdout.count("Recipe: ") == done.stdout.count("Report: ") == 1  # one of them talks
     assert done.stderr == ""
 
