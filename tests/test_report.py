@@ -230,8 +230,8 @@ def test_report_has_the_table_and_the_facts() -> None:
         assert "| " + " | ".join((*row[:2], bits_per_byte, *row[2:])) + " |\n" in text
     assert "2026-01-02 03:04 UTC" in text
     assert "```bash\nrecycle run demo\n```" in text
-    assert "| nested | 2, 4 | 20,480 | – | 5 | 270 | 75.7 | 302.8 | – |" in text
-    assert "| control | 1 | 20,480 | – | 5 | 270 | 75.7 | – | – |" in text
+    assert "| nested | 2, 4 | 20,480 | – | 5 | 1 | 270 | 75.7 | 302.8 | – |" in text
+    assert "| control | 1 | 20,480 | – | 5 | 1 | 270 | 75.7 | – | – |" in text
     assert f"identity `{'ab' * 32}`" in text
     assert '"tokens": 20480' in text
     assert "- torch: `2.13.0`" in text

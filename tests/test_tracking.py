@@ -58,7 +58,7 @@ def run(place: Path, *arguments: object, **env: str) -> subprocess.CompletedProc
 def place(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Path:
     """A folder with a recipe and its finished run without a tracker."""
     place = tmp_path_factory.mktemp("tracking")
-    write_recipe(place, tiny_folder)
+    write_recipe(place, tiny_folder, **{"training.gradient_checkpointing": "selective"})
     done = run(place, "output.dir=none")
     assert done.returncode == 0, done.stderr
     assert (place / "loaded").read_text() == ""

@@ -195,6 +195,19 @@ def test_what_passes_cost_where_memory_is_small(
     assert tried[4:] == [32, 128]
 
 
+def test_activations_are_computed_again_as_asked(workshop: Any, tmp_path: Path) -> None:
+    """None of them, the cheap ones, all: told by the operations of a token."""
+    counted = []
+    for level in (False, "selective", True):
+        settings = {"training.gradient_checkpointing": level, "stages.streams.control": False}
+        (record,) = workshop(**settings).train_all(tmp_path / str(level))
+        counted.append(record.flops_per_token)
+    none, cheap, everything = counted
+    # Of a pass of two parts, forward and input gradients, one is done twice.
+    assert none <= cheap < 1.05 * none
+    assert 1.3 * none < everything < 1.5 * none
+
+
 def test_validations_that_are_left(workshop: Any) -> None:
     tiny = workshop(**{"training.validation_steps": 3})  # 8 steps: 0, 3, 6 and 8
     plan = tiny.plans()[0]

@@ -153,6 +153,7 @@ def test_what_our_launcher_says(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exitcode: int, status: int, told: str
 ) -> None:
     """Also where a signal reached the processes alone, which leave the word to it."""
+    monkeypatch.setattr("logging.disable", lambda: None)
     failure = ProcessFailure(local_rank=1, pid=1, exitcode=exitcode, error_file="none")
 
     def elastic_launch(config: Any, entry: str) -> Any:

@@ -27,7 +27,14 @@ def run(
     """
     from recycle.recipe import RecipeError, resolve
     from recycle.run.folder import find_run, finish, kept
-    from recycle.run.launch import AGAIN, is_launched, launch, processes_to_start, told_of_loss
+    from recycle.run.launch import (
+        AGAIN,
+        end_with_launcher,
+        is_launched,
+        launch,
+        processes_to_start,
+        told_of_loss,
+    )
 
     resolved = resolve(target, overrides or [])
     if not is_launched():
@@ -53,6 +60,7 @@ def run(
 
     try:
         with preemption.handled():
+            end_with_launcher()
             quiet_libraries()
             from recycle.run.story import run_recipe
 

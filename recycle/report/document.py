@@ -76,6 +76,7 @@ def render_making(results: Results) -> str:
         "text tokens": [f"{x.tokens:,}" for x in results.training],
         "predicted": [_count(x.learned_tokens) for x in results.training],
         "steps": [f"{x.steps:,}" for x in results.training],
+        "processes": [str(x.processes) for x in results.training],
         "seconds": [f"{x.wall_seconds:,.0f}" for x in results.training],
         "text tokens/s": [_rate(x.tokens_per_second) for x in results.training],
         "stream tokens/s": [_rate(x.stream_tokens_per_second) for x in results.training],
@@ -105,7 +106,7 @@ def render_making(results: Results) -> str:
         if first is None or first == data
         else facts(first.model_dump(exclude={"facts"}) | first.facts),
         "## Made with",
-        facts(results.hardware.model_dump() | {"processes": results.processes} | results.packages),
+        facts(results.hardware.model_dump() | results.packages),
         "Seeds: " + ", ".join(f"{escape(k)} {v}" for k, v in results.seeds.items()) + ".",
         f"Recipe, identity `{results.recipe_identity}`:",
         fence(json.dumps(results.recipe, indent=2, ensure_ascii=False), "json"),

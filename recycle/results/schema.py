@@ -114,6 +114,8 @@ class TrainingRecord(Record):
     master_dtype: str | None = None
     """Number format in which all weights learned, where they did."""
     steps: NonNegativeInt
+    processes: PositiveInt = 1
+    """That shared each of its last steps, each with a GPU of its own where there are GPUs."""
     wall_seconds: NonNegativeFloat
     tokens_per_second: NonNegativeFloat | None = None
     """Text tokens a second; None without a training step."""
@@ -157,8 +159,6 @@ class Results(Record):
     recipe_identity: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
     packages: dict[str, str]
     hardware: Hardware
-    processes: PositiveInt = 1
-    """Between which the run was shared out, each with a GPU of its own where there are GPUs."""
     seeds: dict[str, int]
     backbone: BackboneRecord
     data: DataRecord

@@ -1,5 +1,6 @@
 """How many processes a run has, and starting them by torchrun's own launcher."""
 
+import ctypes
 import logging
 import math
 import os
@@ -15,6 +16,7 @@ from .folder import RunError, kept
 
 AGAIN = os.EX_TEMPFAIL  # the exit status that asks a scheduler for another try
 RUN_ID = "recycle"  # by which our own launcher is known
+PR_SET_PDEATHSIG = 1  # of Linux's prctl
 GRACE = 300  # seconds that a process has for its last step and checkpoint
 
 
@@ -86,7 +88,7 @@ def launch(processes: int, arguments: Sequence[str], folder: Path) -> tuple[int,
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    logging.disable()  # of torchrun: what there is to say comes at the end
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     os.environ.setdefault("OMP_NUM_THREADS", str(max((cores or 1) // processes, 1)))
     config = LaunchConfig(
@@ -111,6 +113,12 @@ def launch(processes: int, arguments: Sequence[str], folder: Path) -> tuple[int,
         name = signal.Signals(-failure.exitcode).name
         return 1, f"Process {rank} of {processes} was ended by {name}. {kept(folder)}"
     return 0, ""
+
+
+def end_with_launcher() -> None:
+    """Let SIGTERM come where our own launcher is killed, on Linux; elsewhere a process goes on."""
+    if is_launched() and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def is_launched() -> bool:

@@ -77,7 +77,7 @@ def measure_again(
         measured += measure_streams(plan, materials, model, progress, p)
         machine = describe(plan.device)
         # Elsewhere, in several processes and in another precision, its speed says nothing.
-        here = machine == before.hardware and before.processes == 1
+        here = machine == before.hardware and all(x.processes == 1 for x in before.training)
         comparable = here and precision(materials.backbone) == precision(first)
         measured = results.with_training(measured, before.training if comparable else ())
     record = Results.model_validate(
@@ -89,7 +89,6 @@ def measure_again(
             "recipe_identity": identity(plan.recipe),
             "packages": results.packages(),
             "hardware": machine,
-            "processes": 1,
             "backbone": materials.backbone,
             "models": results.compare(materials.documents, measured),
             "wall_seconds": before.wall_seconds.model_copy(

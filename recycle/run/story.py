@@ -124,7 +124,6 @@ def _carry_out(plan: RunPlan, command: str, console: Console) -> Results:
                 recipe_identity=identity(recipe),
                 packages=results.packages(),
                 hardware=describe(plan.device),
-                processes=processes,
                 seeds={"data": plan.stages[-1].data.seed, "training": recipe.training.seed},
                 backbone=materials.backbone,
                 data=materials.data[-1],

@@ -36,7 +36,7 @@ def trainer_arguments(plan: TrainingPlan, device: torch.device) -> TrainingArgum
         warmup_steps=min(math.ceil(settings.warmup * plan.steps), plan.steps - 1),
         max_grad_norm=settings.max_grad_norm,
         gradient_checkpointing=bool(settings.gradient_checkpointing),
-        gradient_checkpointing_kwargs=checkpointing_arguments(settings.gradient_checkpointing),
+        gradient_checkpointing_kwargs=checkpointing_arguments(True),
         save_steps=settings.checkpoint_steps,
         save_total_limit=2,
         logging_strategy="no",

@@ -163,6 +163,7 @@ def first_record(plan: TrainingPlan) -> TrainingRecord:
         p_values=plan.p_values,
         tokens=0,
         steps=0,
+        processes=world.size(),
         wall_seconds=0,
         master_dtype="float32" if plan.all_weights else None,
     )

@@ -22,6 +22,7 @@ from transformers.trainer_callback import PrinterCallback
 from recycle import preemption, world
 from recycle.disk import write_atomically
 from recycle.evaluate import OutputHead, range_advice
+from recycle.parscale import checkpointing_arguments
 from recycle.progress import Silent
 from recycle.results import CurvePoint, LossPoint, TrainingRecord
 from recycle.sharding import average_gradients, is_sharded, share_start
@@ -238,12 +239,15 @@ class StreamTrainer(Trainer, TrainerCallback):
         load_learned(self.learned, Path(resume_from_checkpoint) / LEARNED)
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        plan = self.plan
+        plan, checkpointing = self.plan, self.plan.settings.gradient_checkpointing
+        if checkpointing == "selective":  # not in the arguments, which trackers write as JSON
+            model: Any = self.model
+            model.gradient_checkpointing_enable(checkpointing_arguments(checkpointing))
         if state.global_step:
             checkpoint = plan.folder / f"checkpoint-{state.global_step}"
             record = TrainingRecord.model_validate_json((checkpoint / RECORD).read_text())
             self.seconds = record.tokens / record.tokens_per_second  # type: ignore[operator]
-            self.record = record
+            self.record = record.model_copy(update={"processes": world.size()})
         else:
             per_token = self._count_operations()
             self.record = self.record.model_copy(update={"flops_per_token": per_token})

@@ -105,7 +105,7 @@ def test_two_processes_give_the_numbers_of_one(place: Path, parallel: str) -> No
     assert done.returncode == 0, done.stderr
     assert ("each with a part of it" in done.stdout) == (parallel == "fsdp")
     assert_same(place / parallel, place / "one")
-    assert (read(place / parallel).processes, read(place / "one").processes) == (2, 1)
+    assert {x.processes for x in read(place / parallel).training} == {2}
     assert done.stdout.count("Recipe: ") == done.stdout.count("Report: ") == 1  # one of them talks
     assert done.stderr == ""
 
@@ -144,9 +144,22 @@ def test_sigterm_leaves_a_checkpoint_for_any_number_of_processes(
     _, told = running.communicate(timeout=120)
     assert running.returncode == AGAIN, told
     assert told.count("nested has a checkpoint at step") == 1
+    assert told.count("\n") == 1
     done = recycle("run", "tiny.yaml", *settings, f"launch.processes={then}", cwd=place)
     assert done.returncode == 0, done.stderr
     assert_same(folder, place / "one")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="the system tells the processes")
+def test_processes_end_where_their_launcher_is_killed(place: Path) -> None:
+    folder = place / "orphans"
+    running = start(place, f"output.dir={folder}", TWO)
+    assert wait_for(running, folder / "checkpoints/adapted/checkpoint-4")
+    running.kill()
+    running.communicate(timeout=60)  # until nobody holds its output any more
+    assert not (folder / "checkpoints/adapted/finished").exists()
+    assert not (folder / "results.json").exists()
 
 
 @pytest.mark.slow
