@@ -118,6 +118,11 @@ def test_alone_a_process_holds_all_of_it(parts):
     assert not parts(kib=512, processes=1, **{"launch.parallel": "fsdp"})
 
 
+def test_quantised_weights_are_not_cut_up(parts):
+    with pytest.raises(RunError, match=r"in nf4 are not cut up\. Set launch\.parallel=ddp"):
+        parts(**{"launch.parallel": "fsdp", "backbone.quantization": "nf4"})
+
+
 def test_weights_that_learn_are_not_cut_up(parts):
     with pytest.raises(RunError, match="fsdp shares out weights that are frozen"):
         parts(**{"launch.parallel": "fsdp", "stages.adapt.train": "full"})

@@ -23,8 +23,8 @@ LogProbs = Callable[[ActiveStreams | None, Tensor, Tensor], Tensor]
 """Streams, `input_ids` and `labels` `[B, S]` to log-probabilities `[|P|, B, S - 1]`."""
 WARM_UP = 32  # tokens
 _earlier = [0]  # bytes, before the GPU's allocator last began to count anew
-# Of a measured pass: enough to tell, seconds where a CPU is slow, and what no GPU is too small for
-# that has a part of a model.
+# Of a measured pass: enough to tell, seconds where a CPU is slow, and little memory where a GPU has
+# a part of a model.
 SHORT = 128
 
 

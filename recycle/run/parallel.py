@@ -22,7 +22,7 @@ def in_parallel(plan: RunPlan, processes: int, gpu_gib: float | None = None) -> 
         gpu_gib: Memory of the GPU that each of them has; None is this machine's.
 
     Raises:
-        RunError: All weights are to learn in a model that is shared out.
+        RunError: A model is to be shared out in which all weights learn, or which is quantised.
     """
     parallel = plan.recipe.launch.parallel
     if processes == 1 or parallel == "ddp":
@@ -36,6 +36,11 @@ def in_parallel(plan: RunPlan, processes: int, gpu_gib: float | None = None) -> 
             "launch.parallel=fsdp shares out weights that are frozen, and here all of them learn. "
             "Set launch.parallel=ddp; or train a LoRA and prefixes, with stages.adapt.train=lora "
             "and stages.streams.train=prefixes."
+        )
+    if (quantization := load_skeleton(plan.recipe.backbone)[1]) is not None:
+        raise RunError(
+            f"launch.parallel=fsdp cuts up the weights of layers, and those in {quantization} are "
+            "not cut up. Set launch.parallel=ddp, or backbone.quantization=null."
         )
     return replace(plan, sharded=True)
 
